@@ -1,0 +1,56 @@
+# The two commands a newcomer needs are `make run` and `make test`; `make help` lists the rest.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := VIRTUAL_ENV=$(VENV) UV_NO_CONFIG=1 $(BIN)/uv
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# A venv without pip works also where Debian's python3-venv is missing; pip only fetches uv, which does the rest.
+$(BIN)/uv: requirements-build.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "voicetx needs Python 3.11 or later; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { echo "voicetx needs pip once, to fetch uv: install python3-pip"; exit 1; }
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check --require-hashes --requirement requirements-build.lock
+	@touch $@
+
+$(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/uv
+	$(UV) pip install --quiet --require-hashes --requirement requirements.lock
+	$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime | $(BIN)/uv
+	$(UV) pip install --quiet --require-hashes --requirement requirements-dev.lock
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.runtime  ## make .venv and install the locked dependencies
+
+.PHONY: run
+run: install  ## start a demonstration instance and print a curl line that works
+	@exec $(BIN)/python -m voicetx demo
+
+.PHONY: check
+check: $(VENV)/.dev  ## ruff, format, mypy strict, import-linter
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(VENV)/.dev  ## rewrite the code as ruff wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
+.PHONY: lock
+lock: $(BIN)/uv  ## resolve the dependencies anew into the lock files
+	$(UV) $(COMPILE) --upgrade pyproject.toml --output-file requirements.lock
+	$(UV) $(COMPILE) --upgrade pyproject.toml --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	printf 'uv\nhatchling\neditables\n' | $(UV) $(COMPILE) --upgrade - --output-file requirements-build.lock

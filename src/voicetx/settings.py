@@ -1,0 +1,121 @@
+"""Every setting of the service, each bounded and described, read from `VOICETX_*` and from a file `.env`.
+
+`.env.example` and docs/operations.md list them all, and a test fails when one is missing there. This module knows the
+names and bounds only, not what is done with a value.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+from zoneinfo import available_timezones
+
+from limits import parse_many
+from pydantic import AfterValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class UnknownTransactions(StrEnum):
+    """What becomes of an update for a transaction id that nobody registered (contract section 5)."""
+
+    REFUSE = "refuse"
+    REGISTER = "register"
+
+
+class LogFormat(StrEnum):
+    """How a log line is written: for programs (json) or for people (text)."""
+
+    JSON = "json"
+    TEXT = "text"
+
+
+def check_limit(text: str) -> str:
+    """Return `text` if it is a limit such as `200/second` or `5000/minute`.
+
+    Raises ValueError with a sentence for anything else, several limits and a limit of zero included.
+    """
+    try:
+        limits = parse_many(text)
+    except ValueError:
+        limits = []
+    if len(limits) != 1 or limits[0].amount < 1:
+        raise ValueError("a limit is written like 200/second, 5000/minute or 100 per 5 seconds")
+    return text
+
+
+def check_time_zone(text: str) -> str:
+    """Return `text` if it is an IANA time zone name; raises ValueError with a sentence otherwise."""
+    if text not in available_timezones():
+        raise ValueError("a time zone is an IANA name such as Europe/Berlin or UTC")
+    return text
+
+
+Limit = Annotated[str, AfterValidator(check_limit)]
+TimeZone = Annotated[str, AfterValidator(check_time_zone)]
+
+
+class Settings(BaseSettings):
+    """The settings of one process; built once, at start, and handed down."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VOICETX_", env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+    )
+
+    database_url: SecretStr = Field(
+        SecretStr("sqlite:///voicetx.db"),
+        description="Where updates are kept: sqlite:///FILE (embedded) or postgresql://USER:PASSWORD@HOST/NAME.",
+    )
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Where several processes count calls together: redis://HOST:PORT. Empty: each process counts"
+        " its own.",
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="The address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
+    workers: int = Field(1, ge=1, le=64, description="How many processes serve.")
+    forwarded_allow_ips: str = Field(
+        "127.0.0.1",
+        description="Proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated, or *.",
+    )
+    throttle: Limit = Field("200/second", description="How many calls an API user without a limit of its own may make.")
+    sign_in_throttle: Limit = Field(
+        "60/minute", description="How many failed sign-ins a client address may make before it has to wait."
+    )
+    redis_timeout_seconds: float = Field(
+        0.25, ge=0.01, le=5, description="How long Redis may take before calls are counted locally instead."
+    )
+    redis_retry_seconds: float = Field(
+        1.0, ge=0.1, le=60, description="How long to count locally before Redis is tried again."
+    )
+    unknown_transactions: UnknownTransactions = Field(
+        UnknownTransactions.REFUSE,
+        description="An update for an unknown transaction id: refuse (1010) or register it under 'unassigned'.",
+    )
+    timezone: TimeZone = Field("UTC", description="The time zone of API users who have none of their own.")
+    body_limit_bytes: int = Field(65_536, ge=1_024, le=16_777_216, description="The largest request body accepted.")
+    body_timeout_seconds: float = Field(
+        30.0, ge=0.1, le=600, description="How long a client may take to send its body."
+    )
+    token_lifetime_seconds: int = Field(3_600, ge=1, le=86_400, description="How long an access token is valid.")
+    credential_cache_seconds: float = Field(
+        2.0,
+        ge=0,
+        le=4,
+        description="How long a credential found valid is believed; a revocation takes at most this.",
+    )
+    commit_batch_size: int = Field(512, ge=1, le=10_000, description="How many updates share one database transaction.")
+    commit_queue_size: int = Field(
+        8_192,
+        ge=1,
+        le=1_000_000,
+        description="How many updates may wait for a commit; more are refused at once.",
+    )
+    commit_timeout_seconds: float = Field(
+        5.0,
+        ge=0.1,
+        le=60,
+        description="How long an update may wait for its commit before it is answered 500.",
+    )
+    database_pool_size: int = Field(5, ge=1, le=100, description="PostgreSQL connections that each process keeps.")
+    shutdown_timeout_seconds: int = Field(
+        10, ge=1, le=300, description="How long a stopping process waits for requests that are under way."
+    )
+    log_format: LogFormat = Field(LogFormat.JSON, description="Log lines for programs (json) or for people (text).")
