@@ -44,6 +44,7 @@ class Refusal(Enum):
     INVALID_JSON = (500, 1001, "Invalid input JSON")
     FIELD_MISSING = (500, 1002, "Mandatory field missing")
     NOT_FOUND = (404, 404, "Not found")
+    BODY_TOO_SLOW = (408, 408, "Request body not received in time")
     BODY_TOO_LARGE = (413, 413, "Request body too large")
 
     def __init__(self, status: int, code: int, description: str) -> None:

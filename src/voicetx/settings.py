@@ -48,6 +48,15 @@ def check_time_zone(text: str) -> str:
     return text
 
 
+def check_database_url(url: SecretStr) -> SecretStr:
+    """Return `url` if it names a database file or a PostgreSQL server; raises ValueError with a sentence otherwise."""
+    text = url.get_secret_value()
+    is_file = text.startswith("sqlite:///") and text != "sqlite:///" and ":memory:" not in text
+    if not is_file and not text.startswith(("postgresql://", "postgres://")):
+        raise ValueError("a database is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
+    return url
+
+
 Limit = Annotated[str, AfterValidator(check_limit)]
 TimeZone = Annotated[str, AfterValidator(check_time_zone)]
 
@@ -59,7 +68,7 @@ class Settings(BaseSettings):
         env_prefix="VOICETX_", env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
     )
 
-    database_url: SecretStr = Field(
+    database_url: Annotated[SecretStr, AfterValidator(check_database_url)] = Field(
         SecretStr("sqlite:///voicetx.db"),
         description="Where updates are kept: sqlite:///FILE (embedded) or postgresql://USER:PASSWORD@HOST/NAME.",
     )
@@ -71,9 +80,10 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="The address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=64, description="How many processes serve.")
-    forwarded_allow_ips: str = Field(
-        "127.0.0.1",
-        description="Proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated, or *.",
+    trusted_proxies: str = Field(
+        "",
+        description="Proxies whose X-Forwarded-For names the client: addresses or networks, comma-separated, or *."
+        " Empty: none.",
     )
     throttle: Limit = Field("200/second", description="How many calls an API user without a limit of its own may make.")
     sign_in_throttle: Limit = Field(

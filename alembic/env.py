@@ -1,0 +1,41 @@
+"""How alembic reaches the database: on the connection that voicetx hands over, or on one of its own.
+
+`voicetx db upgrade` passes its connection; `alembic` typed by a developer (to write a new version) makes one from
+VOICETX_DATABASE_URL.
+"""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection
+
+from voicetx.schema import metadata
+from voicetx.settings import Settings
+from voicetx.store import Store
+
+
+def run(connection: Connection) -> None:
+    """Run the wanted migrations on `connection`, inside the transaction that it is in."""
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        compare_type=True,
+        render_as_batch=connection.dialect.name == "sqlite",
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def run_alone() -> None:
+    """Run them on a connection of our own."""
+    store = Store(Settings().database_url.get_secret_value())
+    try:
+        await store.write(run)
+    finally:
+        await store.close()
+
+
+if (connection := context.config.attributes.get("connection")) is not None:
+    run(connection)
+else:
+    asyncio.run(run_alone())

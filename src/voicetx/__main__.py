@@ -1,0 +1,5 @@
+"""`python -m voicetx` is `voicetx`."""
+
+from voicetx.cli import main
+
+main()

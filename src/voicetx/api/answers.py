@@ -1,0 +1,129 @@
+"""Answers: what goes back over the wire, and the one place where an exception becomes one.
+
+Every endpoint's refusals end here, in the shape of contract section 3, and every request ends in the one log line that
+`log_request` writes. Knows the table and HTTP, not what an endpoint does.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import structlog
+from slowapi.errors import RateLimitExceeded
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Scope, Send
+
+from voicetx.auth import ApiUser
+from voicetx.errors import Fault, Refusal, Rejected
+from voicetx.store import StoreUnavailable
+from voicetx.throttle import ThrottleReached
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+_JSON: Headers = ((b"content-type", b"application/json"),)
+_RETRY_AFTER_SECONDS = 1
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
+_REFUSAL_BY_STATUS = {404: Refusal.NOT_FOUND, 405: Refusal.METHOD_NOT_SUPPORTED}
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer; `code` is the contract's, or the HTTP status for a success."""
+
+    status: int
+    code: int
+    body: bytes
+    headers: Headers = _JSON
+
+
+class ClientGone(Exception):  # noqa: N818 - not a defect of ours
+    """The client hung up before its request was whole: there is nobody to answer."""
+
+
+def answer_success(body: bytes) -> Answer:
+    """Return a success with a JSON body."""
+    return Answer(200, 200, body)
+
+
+def answer_refusal(rejected: Rejected) -> Answer:
+    """Return the table's row for a refusal, with its faults and headers."""
+    refusal = rejected.refusal
+    headers = _JSON
+    if refusal.status == 401:  # noqa: PLR2004 - RFC 9110 15.5.2 wants a challenge with it
+        headers += ((b"www-authenticate", b"Bearer"),)
+    if rejected.retry_after_seconds is not None:
+        headers += ((b"retry-after", b"%d" % rejected.retry_after_seconds),)
+    return Answer(refusal.status, refusal.code, render_refusal(refusal, rejected.faults), headers)
+
+
+def render_refusal(refusal: Refusal, faults: Iterable[Fault] = ()) -> bytes:
+    """Return a refusal's JSON body."""
+    content: dict[str, Any] = {"code": refusal.code, "description": refusal.description}
+    errors = [{"field": fault.field, "reason": fault.reason} for fault in faults]
+    if errors:
+        content["errors"] = errors
+    return orjson.dumps(content)
+
+
+def to_rejected(error: Exception) -> Rejected:
+    """Return the refusal that an exception means; what nobody foresaw is logged and means 500."""
+    match error:
+        case Rejected():
+            return error
+        case ThrottleReached():
+            return Rejected(Refusal.THROTTLED, retry_after_seconds=error.retry_after_seconds)
+        case RateLimitExceeded():
+            return Rejected(Refusal.THROTTLED)
+        case StoreUnavailable():
+            _log.warning("store.unavailable", cause=str(error))
+            return Rejected(Refusal.INTERNAL, retry_after_seconds=_RETRY_AFTER_SECONDS)
+        case HTTPException() if error.status_code in _REFUSAL_BY_STATUS:
+            return Rejected(_REFUSAL_BY_STATUS[error.status_code])
+        case DBAPIError():
+            _log.error("store.refused", reason=type(error.orig).__name__, exc_info=error)
+        case _:
+            _log.error("request.failed", exc_info=error)
+    return Rejected(Refusal.INTERNAL)
+
+
+def answer_error(error: Exception) -> Answer:
+    """Return the answer that an exception means."""
+    answer = answer_refusal(to_rejected(error))
+    if isinstance(error, HTTPException) and error.headers:
+        extra = tuple((name.lower().encode(), value.encode()) for name, value in error.headers.items())
+        return Answer(answer.status, answer.code, answer.body, answer.headers + extra)
+    return answer
+
+
+def choose_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the request's own `x-request-id` where it is a sane one, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+            return value
+    return secrets.token_hex(8).encode()
+
+
+def to_response(answer: Answer) -> Response:
+    """Return an answer as a FastAPI endpoint returns it."""
+    response = Response(answer.body, answer.status)
+    response.raw_headers.extend(answer.headers)
+    return response
+
+
+def note_for_log(scope: Scope, *, code: int, user: ApiUser | None = None) -> None:
+    """Leave what only an endpoint knows where the request's log line finds it."""
+    scope.setdefault("state", {})["voicetx.log"] = (code, user)
+
+
+async def send_answer(send: Send, answer: Answer, request_id: bytes) -> None:
+    """Send an answer over ASGI."""
+    headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body)), (b"x-request-id", request_id)]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})

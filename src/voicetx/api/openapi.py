@@ -1,0 +1,148 @@
+"""What the OpenAPI document says of requests and answers beyond what FastAPI reads off the code.
+
+The update endpoint takes its bytes as they come, so its body's models and every answer of the table are described here,
+from the same models and the same table that the code runs on. Nothing here runs while a request is answered.
+"""
+
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
+
+from voicetx.api.answers import render_refusal
+from voicetx.contract import TromboneBody, UpdateBody
+from voicetx.errors import Fault, Refusal
+
+_REFERENCE = "#/components/schemas/{model}"
+
+
+class Recorded(BaseModel):
+    """The update is durably committed; a repeat of it answers the same."""
+
+    transaction_id: str = Field(alias="transaction-id", description="the id that was sent", examples=["demo-001"])
+
+
+class FieldFault(BaseModel):
+    """What is wrong with one field; a value is never echoed."""
+
+    field: str
+    reason: str
+
+
+class Refused(BaseModel):
+    """A refusal: tell it from a success by these keys, not by the HTTP status."""
+
+    code: int
+    description: str
+    errors: list[FieldFault] | None = Field(None, description="one for every field at fault, in body order")
+
+
+_WHEN: dict[Refusal, str] = {
+    Refusal.NOT_PROCESSED: "no transaction with that id is known",
+    Refusal.NOT_GRANTED: "a valid credential without the grant transactions:update",
+    Refusal.NOT_SIGNED_IN: "the authorization header is missing or not Bearer, or the credential is unknown, revoked"
+    " or expired",
+    Refusal.NOT_FOUND: "no such path",
+    Refusal.METHOD_NOT_SUPPORTED: "a method other than PUT, POST and PATCH; see Allow",
+    Refusal.BODY_TOO_SLOW: "the body was not received in time",
+    Refusal.BODY_TOO_LARGE: "the body is larger than 64 KiB (setting)",
+    Refusal.THROTTLED: "the API user's limit is reached; see Retry-After",
+    Refusal.BAD_VALUE: "every mandatory field is there, and a value breaks a rule",
+    Refusal.INTERNAL: "an unexpected fault, or the store is away, full or too slow: the outcome is unknown and a retry"
+    " is safe; see Retry-After where it is given",
+    Refusal.INVALID_JSON: "not JSON (RFC 8259), no object, or a value of another type where a string is due",
+    Refusal.FIELD_MISSING: "a mandatory field is absent, null or empty, trombone times included",
+}
+_FAULTS: dict[Refusal, tuple[Fault, ...]] = {
+    Refusal.BAD_VALUE: (Fault("voice-recorded", "must be Yes or No"),),
+    Refusal.FIELD_MISSING: (Fault("trombone-starttime", "is mandatory when call-source is 3"),),
+}
+
+
+def describe_answers(*refusals: Refusal) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's `responses` for these refusals: by HTTP status, each code with its example."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for refusal in refusals:
+        response = responses.setdefault(
+            refusal.status,
+            {"model": Refused, "description": "", "content": {"application/json": {"examples": {}}}},
+        )
+        line = f"{refusal.code}: {_WHEN[refusal]}"
+        response["description"] = "; ".join(filter(None, [response["description"], line]))
+        response["content"]["application/json"]["examples"][str(refusal.code)] = {
+            "summary": refusal.description,
+            "value": orjson.loads(render_refusal(refusal, _FAULTS.get(refusal, ()))),
+        }
+        if refusal in {Refusal.THROTTLED, Refusal.INTERNAL}:
+            response["headers"] = {
+                "Retry-After": {"description": "whole seconds to wait", "schema": {"type": "integer", "minimum": 1}}
+            }
+        if refusal is Refusal.METHOD_NOT_SUPPORTED:
+            response["headers"] = {"Allow": {"description": "the methods supported", "schema": {"type": "string"}}}
+    return responses
+
+
+def describe_update_answers() -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's `responses` of the update endpoint: success and every row of the table."""
+    responses = describe_answers(*_WHEN)
+    ok = responses[Refusal.NOT_PROCESSED.status]
+    ok["description"] = "the update is durably committed; or, told apart by its keys, " + ok["description"]
+    ok["model"] = Recorded | Refused
+    ok["content"]["application/json"]["examples"]["recorded"] = {
+        "summary": "Durably committed",
+        "value": {"transaction-id": "demo-001"},
+    }
+    return responses
+
+
+def _example(model: type[UpdateBody]) -> Any:
+    return model.model_json_schema()["example"]
+
+
+UPDATE_REQUEST: dict[str, Any] = {
+    "security": [{"bearer": []}],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "oneOf": [{"$ref": _REFERENCE.format(model=model.__name__)} for model in (UpdateBody, TromboneBody)]
+                },
+                "examples": {
+                    "finished": {"summary": "A finished call", "value": _example(UpdateBody)},
+                    "trombone": {"summary": "A transferred call", "value": _example(TromboneBody)},
+                },
+            }
+        },
+    },
+}
+"""The part of an operation that FastAPI cannot know of a route that reads its own bytes."""
+
+
+def complete_openapi(app: FastAPI) -> None:
+    """Add the update bodies and the ways to sign in to what the application's OpenAPI document holds."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            components = document.setdefault("components", {})
+            _, bodies = models_json_schema(
+                [(UpdateBody, "validation"), (TromboneBody, "validation")], ref_template=_REFERENCE
+            )
+            components.setdefault("schemas", {}).update(bodies["$defs"])
+            components["securitySchemes"] = {
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "an API secret key or an access token",
+                },
+                "key": {"type": "http", "scheme": "basic", "description": "API key id and API secret key"},
+            }
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    # FastAPI's documented way to extend the document.
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,63 @@
+"""What those who operate the service ask it: is the process alive, is it ready for calls.
+
+Neither endpoint needs a credential and neither says more than yes or no, and why not.
+"""
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+from sqlalchemy.exc import DBAPIError
+
+from voicetx import migrations
+from voicetx.api.answers import Answer, to_response
+from voicetx.migrations import SchemaOutdated
+from voicetx.services import Services
+from voicetx.store import StoreUnavailable
+
+router = APIRouter(tags=["Operations"])
+
+
+class Health(BaseModel):
+    """The process lives."""
+
+    status: str
+
+
+class Readiness(BaseModel):
+    """Whether updates can be taken, and each condition for it."""
+
+    status: str
+    database: str
+    committer: str
+
+
+@router.get("/healthz", summary="Is the process alive?")
+async def check_health() -> Health:
+    """Answer at all: nothing else is asked."""
+    return Health(status="ok")
+
+
+@router.get(
+    "/readyz",
+    summary="Is it ready for updates?",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "not ready; the answer says which condition fails"}},
+)
+async def check_readiness(request: Request) -> Response:
+    """Answer 200 where the database answers, its schema is this release's and the committer runs; 503 otherwise."""
+    services: Services = request.app.state.services
+    database = await _describe_database(services)
+    committer = "running" if services.recorder.is_running else "stopped"
+    is_ready = database == "ready" and committer == "running"
+    readiness = Readiness(status="ready" if is_ready else "not ready", database=database, committer=committer)
+    return to_response(Answer(200 if is_ready else 503, 200, orjson.dumps(readiness.model_dump())))
+
+
+async def _describe_database(services: Services) -> str:
+    try:
+        await migrations.check(services.store)
+    except SchemaOutdated:
+        return "schema outdated"
+    except (StoreUnavailable, DBAPIError):
+        return "unavailable"
+    return "ready"

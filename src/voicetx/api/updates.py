@@ -1,0 +1,110 @@
+"""The update endpoint: a dialer reports what became of a call.
+
+`answer_update` is the whole way of an update in the order of contract section 3: method, credential, grant, throttle,
+body, rules, store. The front door calls it directly; the FastAPI route below calls the same function, and gives it its
+place in the OpenAPI document. Nothing here knows how any of those steps is done.
+"""
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from starlette.types import Receive, Scope
+
+from voicetx.api.answers import (
+    Answer,
+    ClientGone,
+    answer_error,
+    answer_refusal,
+    answer_success,
+    note_for_log,
+    to_response,
+)
+from voicetx.api.bodies import read_body
+from voicetx.api.openapi import UPDATE_REQUEST, describe_update_answers
+from voicetx.auth import ApiUser, Grant
+from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, parse
+from voicetx.errors import Refusal, Rejected
+from voicetx.services import Services
+
+_METHODS = frozenset(UPDATE_METHODS)
+_ALLOW = ((b"allow", ", ".join(UPDATE_METHODS).encode()),)
+
+
+async def answer_update(services: Services, scope: Scope, receive: Receive) -> tuple[Answer, ApiUser | None]:
+    """Answer one request to the update endpoint; also return its API user, once known, for the log.
+
+    Every failure becomes an answer here. Raises `ClientGone` only.
+    """
+    if scope["method"] not in _METHODS:
+        answer = answer_refusal(Rejected(Refusal.METHOD_NOT_SUPPORTED))
+        return Answer(answer.status, answer.code, answer.body, answer.headers + _ALLOW), None
+    user: ApiUser | None = None
+    try:
+        user = await sign_in(services, scope)
+        require_grant(user, Grant.TRANSACTIONS_UPDATE)
+        if (admission := services.throttle.admit(str(user.api_key_id), user.call_limit)) is not None:
+            await admission
+        body = await read_body(
+            scope,
+            receive,
+            limit_bytes=services.settings.body_limit_bytes,
+            timeout_seconds=services.settings.body_timeout_seconds,
+        )
+        update = parse(body)
+        await services.recorder.record_update(update, user.api_key_id)
+    except ClientGone:
+        raise
+    except Exception as error:  # noqa: BLE001 - each becomes its answer, and the unforeseen ones a log line too
+        return answer_error(error), user
+    return answer_success(b'{"transaction-id":' + orjson.dumps(update.transaction_id) + b"}"), user
+
+
+async def sign_in(services: Services, scope: Scope) -> ApiUser:
+    """Return the API user that the request's `authorization` header names; raises as `Authenticator` does."""
+    authorization = None
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            authorization = value
+            break
+    if authorization is not None:
+        user = services.authenticator.recall(authorization)
+        if user is not None:
+            return user
+    return await services.authenticator.authenticate(authorization, client_address(scope))
+
+
+def require_grant(user: ApiUser, grant: Grant) -> None:
+    """Raise `Rejected` (430) unless the user holds the grant."""
+    if grant not in user.grants:
+        raise Rejected(Refusal.NOT_GRANTED)
+
+
+def client_address(scope: Scope) -> str:
+    """Return the client's address, the one in front of trusted proxies; empty where the server knows none."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+router = APIRouter(tags=["Updates"])
+
+
+async def update_transaction(request: Request) -> Response:
+    """Report what became of a call.
+
+    The answer comes when the update is on disk. A retry is always safe: a repeat is recognised and answers the same.
+    The transaction shows the newest truth whatever the order in which updates arrive.
+    """
+    answer, user = await answer_update(request.app.state.services, request.scope, request.receive)
+    note_for_log(request.scope, code=answer.code, user=user)
+    return to_response(answer)
+
+
+for _method in UPDATE_METHODS:
+    router.add_api_route(
+        UPDATE_PATH,
+        update_transaction,
+        methods=[_method],
+        operation_id=f"update_transaction_{_method.lower()}",
+        summary=f"Update voice deployment transaction status ({_method})",
+        responses=describe_update_answers(),
+        openapi_extra=UPDATE_REQUEST,
+    )

@@ -1,0 +1,160 @@
+"""The application: what uvicorn serves.
+
+`FrontDoor` is the ASGI callable in front: it answers the update path itself, since FastAPI's middlewares and dependency
+solving are the largest cost of an update, and hands everything else to the FastAPI application, on which the update
+path is declared too, with the same function behind it. Whichever of the two answers, the answer carries a request id
+and leaves one log line.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
+from slowapi.errors import RateLimitExceeded
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from voicetx.api import operations, tokens, updates
+from voicetx.api.answers import (
+    ClientGone,
+    answer_error,
+    choose_request_id,
+    note_for_log,
+    send_answer,
+    to_response,
+)
+from voicetx.api.openapi import complete_openapi
+from voicetx.auth import ApiUser
+from voicetx.contract import UPDATE_PATH
+from voicetx.errors import Rejected
+from voicetx.logs import configure_logging
+from voicetx.services import Services
+from voicetx.settings import Settings
+from voicetx.store import StoreUnavailable
+
+_log = structlog.get_logger("voicetx.request")
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the FastAPI application; its lifespan opens the database and closes it when all is answered."""
+
+    @asynccontextmanager
+    async def run_services(app: FastAPI) -> AsyncIterator[None]:
+        services = await Services.start(settings)
+        app.state.services = services
+        try:
+            yield
+        finally:
+            await services.close()
+
+    app: FastAPI = FastAPIOffline(
+        title="voicetx",
+        summary="Campaign dialers report the outcome of every call here.",
+        version="0.1.0",
+        lifespan=run_services,
+        redirect_slashes=False,
+    )
+    for module in (updates, tokens, operations):
+        app.include_router(module.router)
+    for kind in (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException):
+        app.add_exception_handler(kind, _answer_exception)
+    app.add_middleware(RequestLine)
+    complete_openapi(app)
+    return app
+
+
+def create_front_door() -> "FrontDoor":
+    """Return what uvicorn serves, set up from the environment; called once in each worker process."""
+    settings = Settings()
+    configure_logging(settings.log_format)
+    return FrontDoor(create_app(settings))
+
+
+async def _answer_exception(request: Request, error: Exception) -> Response:
+    answer = answer_error(error)
+    note_for_log(request.scope, code=answer.code)
+    return to_response(answer)
+
+
+class FrontDoor:
+    """Answers updates itself and hands every other request to the application."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's scope, as ASGI has it."""
+        if scope["type"] != "http" or scope["path"] != UPDATE_PATH:
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = choose_request_id(scope["headers"])
+        try:
+            answer, user = await updates.answer_update(self._app.state.services, scope, receive)
+        except ClientGone:
+            _write_line(scope, request_id, started, path=UPDATE_PATH)
+            return
+        await send_answer(send, answer, request_id)
+        _write_line(scope, request_id, started, path=UPDATE_PATH, code=answer.code, user=user)
+
+
+class RequestLine:
+    """Gives every answer of the FastAPI application its request id, its log line, and the contract's shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's scope, as ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = choose_request_id(scope["headers"])
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            pass
+        except Exception as error:
+            answer = answer_error(error)
+            if status is not None:
+                raise  # half an answer is out already: only closing the connection says that it is broken
+            status = answer.status
+            note_for_log(scope, code=answer.code)
+            await send_answer(send, answer, request_id)
+        code, user = scope.get("state", {}).get("voicetx.log", (status, None))
+        # The path as it was declared: what a client put in it may be personal.
+        path = getattr(scope.get("route"), "path", "unknown")
+        _write_line(scope, request_id, started, path=path, code=code, user=user)
+
+
+def _write_line(
+    scope: Scope,
+    request_id: bytes,
+    started: float,
+    *,
+    path: str,
+    code: int | None = None,
+    user: ApiUser | None = None,
+) -> None:
+    _log.info(
+        "request" if code is not None else "request.abandoned",
+        request_id=request_id.decode("ascii"),
+        method=scope["method"],
+        path=path,
+        api_user=user.name if user is not None else None,
+        code=code,
+        milliseconds=round((time.perf_counter() - started) * 1000, 2),
+    )

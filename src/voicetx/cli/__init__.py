@@ -1,0 +1,56 @@
+"""The command line: `voicetx`.
+
+Each module holds the commands of one subject; `main` is the entry point, and the one place where what went wrong
+becomes a sentence and a non-zero exit status.
+"""
+
+import sys
+
+import typer
+from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
+
+from voicetx.auth import AdministrationError
+from voicetx.cli import database, deployments, serve, transactions, users
+from voicetx.cli.output import CommandError, complain
+from voicetx.deployments import DeploymentError
+from voicetx.migrations import SchemaOutdated
+from voicetx.store import StoreUnavailable
+
+app = typer.Typer(
+    name="voicetx",
+    help="The service that campaign dialers report the outcome of every call to.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("serve")(serve.serve)
+app.command("demo")(serve.demo)
+app.add_typer(database.app, name="db", help="The database's schema.")
+app.add_typer(users.users, name="user", help="API users and what they may do.")
+app.add_typer(users.keys, name="key", help="The secret keys of API users.")
+app.add_typer(deployments.app, name="deployment", help="Deployments and their transactions.")
+app.add_typer(transactions.app, name="transaction", help="Transactions and their history.")
+
+
+def main() -> None:
+    """Run the command that was typed."""
+    try:
+        app()
+    except (AdministrationError, DeploymentError, SchemaOutdated, CommandError) as error:
+        complain(str(error))
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_input=False, include_context=False):
+            name = "_".join(str(part) for part in fault["loc"]).upper()
+            complain(f"VOICETX_{name}: {fault['msg'].removeprefix('Value error, ')}.")
+    except StoreUnavailable as error:
+        complain(f"The database cannot be used: {error}. VOICETX_DATABASE_URL says where it is.")
+    except DBAPIError as error:
+        complain(f"The database refused this: {type(error.orig).__name__}.")
+    except OSError as error:
+        complain(f"{error.filename or 'The system'}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    sys.exit(1)

@@ -1,0 +1,180 @@
+"""`voicetx deployment`: make campaign runs and register their transactions, by file or by number."""
+
+import asyncio
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, TextIO, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sqlalchemy import Connection
+
+from voicetx import deployments, migrations
+from voicetx.cli.output import AsJson, complain, format_time, print_json, print_table, write
+from voicetx.deployments import Deployment, FileFormat, Line
+from voicetx.services import open_store
+from voicetx.settings import Settings
+
+T = TypeVar("T")
+
+app = typer.Typer(no_args_is_help=True)
+
+_CHUNK = 10_000
+
+Id = Annotated[str, typer.Argument(metavar="ID", help="The deployment's id.")]
+
+
+@app.command("create")
+def create(
+    deployment_id: Id,
+    name: Annotated[str | None, typer.Option(help="A name for people; the id, where none is given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a deployment."""
+
+    def work(connection: Connection) -> Deployment:
+        deployments.create_deployment(connection, deployment_id, name)
+        return deployments.find_deployment(connection, deployment_id)
+
+    made = write(work)
+    if as_json:
+        print_json(_describe(made))
+    else:
+        typer.echo(f"Deployment {made.deployment_id} is there. Register its transactions: voicetx deployment load")
+
+
+@app.command("list")
+def list_all(as_json: AsJson = False) -> None:
+    """List the deployments, oldest first."""
+    rows = [_describe(found) for found in write(deployments.list_deployments)]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(("id", "name", "transactions", "reported", "created_at"), rows)
+
+
+@app.command("show")
+def show(deployment_id: Id, as_json: AsJson = False) -> None:
+    """Show a deployment: how many transactions it has, and of how many something was reported."""
+    row = _describe(write(lambda connection: deployments.find_deployment(connection, deployment_id)))
+    if as_json:
+        print_json(row)
+        return
+    for name, value in row.items():
+        typer.echo(f"{name:<14}{value}")
+
+
+@app.command("mint")
+def mint(
+    deployment_id: Id,
+    count: Annotated[int, typer.Argument(min=1, max=1_000_000, help="How many.")],
+    as_json: AsJson = False,
+) -> None:
+    """Register transactions with new ids and print the ids, one a line (with --json, as `load` reads them)."""
+    while count > 0:
+        share = min(count, _CHUNK)
+        for transaction_id in write(
+            lambda connection: deployments.mint_transactions(connection, deployment_id, share)  # noqa: B023 - run at once
+        ):
+            typer.echo(f'{{"transaction-id":"{transaction_id}"}}' if as_json else transaction_id)
+        count -= share
+
+
+@app.command("load")
+def load(
+    deployment_id: Id,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="CSV or NDJSON; - is standard input.")],
+    file_format: Annotated[
+        FileFormat | None, typer.Option("--format", help="csv or ndjson; told by the file's name, else its start.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register the transactions that a file names; may be stopped and run again.
+
+    NDJSON has {"transaction-id": ...} on each line, CSV a header with transaction-id. Bad lines are named and the rest
+    is loaded; the exit status is then 1.
+    """
+    write(lambda connection: deployments.find_deployment(connection, deployment_id))
+    source = sys.stdin if file == "-" else Path(file).open(encoding="utf-8-sig", errors="replace", newline="")  # noqa: SIM115 - closed below
+    try:
+        loaded, faults = asyncio.run(_load(deployment_id, _read(source, file, file_format), _is_quiet()))
+    finally:
+        source.close()
+    if as_json:
+        print_json({"deployment": deployment_id, "loaded": loaded, "faults": faults})
+    else:
+        typer.echo(f"{loaded:,} transactions are registered with {deployment_id}.")
+    if faults:
+        complain(f"{faults:,} lines were not loaded.")
+        raise typer.Exit(1)
+
+
+def _is_quiet() -> bool:
+    return not sys.stderr.isatty()
+
+
+def _read(source: TextIO, file: str, file_format: FileFormat | None) -> Iterator[Line]:
+    lines: Iterable[str] = source
+    if file_format is None:
+        suffix = Path(file).suffix.lower()
+        if suffix == ".csv":
+            file_format = FileFormat.CSV
+        elif suffix in {".ndjson", ".jsonl", ".json"}:
+            file_format = FileFormat.NDJSON
+        else:
+            first = next(source, "")
+            file_format = FileFormat.NDJSON if first.lstrip("\ufeff \t\r\n").startswith("{") else FileFormat.CSV
+            lines = _chain(first, source)
+    return deployments.read_lines(lines, file_format)
+
+
+def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
+    if first:
+        yield first.lstrip("\ufeff")
+    yield from rest
+
+
+async def _load(deployment_id: str, lines: Iterator[Line], is_quiet: bool) -> tuple[int, int]:
+    """Register chunk by chunk, each in its own transaction; return how many ids are registered, and how many faults."""
+    loaded = faults = 0
+    store = open_store(Settings())
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=is_quiet,
+    )
+    try:
+        await migrations.prepare(store)
+        with progress:
+            task = progress.add_task("transactions", total=None)
+            while chunk := list(islice(lines, _CHUNK)):
+                places = {line.transaction_id: line.number for line in chunk if line.transaction_id is not None}
+                others = await store.write(
+                    lambda connection: deployments.register_transactions(connection, deployment_id, places)  # noqa: B023 - awaited at once
+                )
+                bad = [line for line in chunk if line.fault is not None]
+                bad += [Line(places[other], other, f"{other} belongs to another deployment") for other in others]
+                for line in sorted(bad, key=lambda line: line.number):
+                    complain(f"line {line.number}: {line.fault}")
+                faults += len(bad)
+                loaded += len(places) - len(others)
+                progress.advance(task, len(chunk))
+    finally:
+        await store.close()
+    return loaded, faults
+
+
+def _describe(found: Deployment) -> dict[str, Any]:
+    return {
+        "id": found.deployment_id,
+        "name": found.name,
+        "transactions": found.transactions,
+        "reported": found.reported,
+        "created_at": format_time(found.created_at_ms),
+    }

@@ -1,0 +1,70 @@
+"""How commands reach the database and say what they found: tables for people, JSON for programs, complaints apart."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import Connection
+
+from voicetx import migrations
+from voicetx.services import open_store
+from voicetx.settings import Settings
+
+T = TypeVar("T")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+_errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+class CommandError(Exception):
+    """A command cannot do what was asked; the text is a sentence."""
+
+
+def complain(sentence: str) -> None:
+    """Print a sentence on standard error."""
+    _errors.print(sentence)
+
+
+def write(work: Callable[[Connection], T]) -> T:
+    """Run `work` in a transaction on the settings' database and return its result; an embedded one is made first."""
+
+    async def run() -> T:
+        store = open_store(Settings())
+        try:
+            await migrations.prepare(store)
+            return await store.write(work)
+        finally:
+            await store.close()
+
+    return asyncio.run(run())
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on standard output, readable, every character of it ASCII-safe for pipes only if it was so."""
+    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    sys.stdout.buffer.flush()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table; the columns name the rows' keys."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if row[name] is None else _show(row[name]) for name in columns))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _show(value: Any) -> str:
+    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def format_time(milliseconds: int) -> str:
+    """Return an instant as RFC 3339 in UTC, to the millisecond."""
+    instant = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,161 @@
+"""`voicetx serve` and `voicetx demo`: run the service."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+from sqlalchemy import Connection
+from uvicorn.supervisors import Multiprocess
+
+from voicetx import auth, deployments, migrations
+from voicetx.auth import AdministrationError, Grant
+from voicetx.cli.output import CommandError, write
+from voicetx.contract import UPDATE_PATH
+from voicetx.deployments import DeploymentError
+from voicetx.logs import configure_logging
+from voicetx.services import open_store
+from voicetx.settings import LogFormat, Settings
+
+_BACKLOG = 2048
+_DEMO_NAME = "demo"
+_DEMO_TRANSACTIONS = 100
+
+Host = Annotated[str | None, typer.Option(help="The address to listen on. [VOICETX_HOST]")]
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="The port to listen on. [VOICETX_PORT]")]
+
+
+def serve(
+    host: Host = None,
+    port: Port = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="How many processes serve. [VOICETX_WORKERS]")
+    ] = None,
+) -> None:
+    """Serve updates until SIGTERM or Ctrl-C, which answer everybody who waits first."""
+    given = {"host": host, "port": port, "workers": workers}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    asyncio.run(_prepare(settings))
+    _run(settings)
+
+
+async def _prepare(settings: Settings) -> None:
+    store = open_store(settings)
+    try:
+        await migrations.prepare(store)
+    finally:
+        await store.close()
+
+
+def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> None:
+    configure_logging(settings.log_format)
+    listener = _listen(settings.host, settings.port)
+    config = uvicorn.Config(
+        "voicetx.app:create_front_door",
+        factory=True,
+        workers=settings.workers,
+        lifespan="on",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies or None,
+        timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
+        backlog=_BACKLOG,
+    )
+    if announce is not None:
+        host, port = listener.getsockname()[:2]
+        announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    server = uvicorn.Server(config)
+    with listener:
+        if settings.workers > 1:
+            Multiprocess(config, sockets=[listener]).run()
+        else:
+            server.run(sockets=[listener])
+    if not server.started and settings.workers == 1:
+        raise CommandError("The service did not start; the lines above say why.")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # From now on a client that connects waits to be served; it is not refused.
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise CommandError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def demo(
+    host: Host = None,
+    port: Port = None,
+    directory: Annotated[Path, typer.Option(help="Where its database and secret key are kept.")] = Path(".voicetx"),
+) -> None:
+    """Serve a demonstration: a database, an API user, a deployment with 100 transactions, and a curl line that works.
+
+    Run again, it finds what is there.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["VOICETX_DATABASE_URL"] = f"sqlite:///{directory / 'demo.db'}"
+    os.environ.setdefault("VOICETX_LOG_FORMAT", LogFormat.TEXT)
+    given = {"host": host, "port": port}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    secret_key = _make_demo(directory / "secret-key")
+    _run(settings, lambda address: typer.echo(_describe_demo(address, secret_key)))
+
+
+def _make_demo(key_file: Path) -> str:
+    """Return the secret key of the demonstration's API user, which is made with all else where it is missing."""
+
+    def work(connection: Connection) -> str | None:
+        try:
+            deployments.find_deployment(connection, _DEMO_NAME)
+        except DeploymentError:
+            deployments.create_deployment(connection, _DEMO_NAME, "Demonstration")
+        deployments.register_transactions(
+            connection, _DEMO_NAME, [f"demo-{number:03}" for number in range(1, _DEMO_TRANSACTIONS + 1)]
+        )
+        try:
+            user = auth.find_user(connection, _DEMO_NAME)
+        except AdministrationError:
+            return auth.add_user(connection, _DEMO_NAME, list(Grant))[1]
+        if key_file.exists():
+            return None
+        # Its key is lost: only a digest of it was kept. Make room for a new one.
+        for slot in reversed(user.key_slots):
+            auth.delete_key(connection, user, slot)
+        return auth.add_key(connection, auth.find_user(connection, _DEMO_NAME))[1]
+
+    made = write(work)
+    if made is None:
+        return key_file.read_text(encoding="ascii").strip()
+    key_file.touch(mode=0o600)
+    key_file.write_text(made + "\n", encoding="ascii")
+    return made
+
+
+def _describe_demo(address: str, secret_key: str) -> str:
+    headers = f"-H 'authorization: Bearer {secret_key}' -H 'content-type: application/json'"
+    curl = f"curl -X PUT {address}{UPDATE_PATH} {headers} -d '{_DEMO_BODY}'"
+    return f"""
+voicetx is at {address}
+
+  documentation   {address}/docs
+  report a call   {curl}
+  see it          .venv/bin/voicetx transaction show demo-001
+"""
+
+
+_DEMO_BODY = (
+    '{"transaction-id":"demo-001","call-starttime":"2026-01-31 08:00:58.211","call-endtime":"2026-01-31 08:01:59.200",'
+    '"call-source":"2","call-state":"5","drop-code":"2005","dtmf-digits":"1"}'
+)

@@ -1,0 +1,70 @@
+"""`voicetx transaction`: what became of a call, and everything that was said of it."""
+
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from voicetx.cli.output import AsJson, CommandError, format_time, print_json, print_table, write
+from voicetx.reports import TransactionReport, report_transaction
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Transactions and their history."""
+
+
+@app.command("show")
+def show_transaction(
+    transaction_id: Annotated[str, typer.Argument(metavar="ID", help="The transaction id.")], as_json: AsJson = False
+) -> None:
+    """Show a transaction as its updates have made it, and the updates, oldest first."""
+    report = write(lambda connection: report_transaction(connection, transaction_id))
+    if report is None:
+        raise CommandError(f"There is no transaction {transaction_id}.")
+    if as_json:
+        print_json(_to_json(report))
+        return
+    typer.echo(f"{'transaction-id':<20}{report.transaction_id}")
+    typer.echo(f"{'deployment':<20}{report.deployment_id}")
+    typer.echo(f"{'updates':<20}{report.updates}")
+    typer.echo(f"{'inconsistent':<20}{'yes' if report.is_inconsistent else 'no'}")
+    for name, value in report.fields.items():
+        typer.echo(f"{name:<20}{_printable(value)}")
+    if report.history:
+        typer.echo()
+        rows = [
+            {
+                "received_at": format_time(entry.received_at_ms),
+                "api_user": entry.api_user,
+                "body": _printable(entry.body),
+            }
+            for entry in report.history
+        ]
+        print_table(("received_at", "api_user", "body"), rows)
+
+
+def _printable(text: str) -> str:
+    """Return the text with control characters escaped: what a dialer sent must not steer a terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _to_json(report: TransactionReport) -> dict[str, Any]:
+    return {
+        "transaction-id": report.transaction_id,
+        **report.fields,
+        "deployment": report.deployment_id,
+        "inconsistent": report.is_inconsistent,
+        "updates": report.updates,
+        "history": [
+            {
+                "received_at": format_time(entry.received_at_ms),
+                "api_user": entry.api_user,
+                # As received, to the letter: a number in it may be one that no parser of ours can hold.
+                "body": orjson.Fragment(entry.body),
+            }
+            for entry in report.history
+        ],
+    }

@@ -1,0 +1,81 @@
+"""Log lines: one a request, and those of the libraries, all in one form and none with what nobody may read.
+
+No secret key, token, phone number or DTMF digit is ever logged: callers pass ids, codes and times only, and of an
+unexpected exception its kinds and places are logged, not its text, which may quote a value.
+"""
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+import structlog
+from structlog.typing import EventDict, Processor
+
+from voicetx.settings import LogFormat
+
+
+def configure_logging(log_format: LogFormat) -> None:
+    """Send every log line of this process to standard output, as JSON or as text for people."""
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+        describe_exception,
+    ]
+    if log_format is LogFormat.JSON:
+        renderer: Processor = structlog.processors.JSONRenderer(serializer=_dump)
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = name != "uvicorn.access"  # a request has its line already
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def describe_exception(_logger: object, _method: str, line: EventDict) -> EventDict:
+    """Replace `exc_info` by the kinds of the exceptions and the places they went through."""
+    raised = line.pop("exc_info", None)
+    if raised is True:
+        raised = sys.exc_info()
+    if isinstance(raised, tuple):
+        raised = raised[1]
+    if isinstance(raised, BaseException):
+        line["exception"] = [_describe(exception) for exception in _chain(raised)]
+    return line
+
+
+def _chain(exception: BaseException | None) -> Iterable[BaseException]:
+    seen: set[int] = set()
+    while exception is not None and id(exception) not in seen:
+        seen.add(id(exception))
+        yield exception
+        exception = exception.__cause__ or (None if exception.__suppress_context__ else exception.__context__)
+
+
+def _describe(exception: BaseException) -> dict[str, Any]:
+    frames = traceback.extract_tb(exception.__traceback__)
+    return {
+        "type": f"{type(exception).__module__}.{type(exception).__qualname__}",
+        "at": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-8:]],
+    }
+
+
+def _dump(line: EventDict, **_: object) -> str:
+    return orjson.dumps(line, default=repr).decode()

@@ -1,0 +1,57 @@
+"""The parts of one running process, made together and closed together.
+
+`voicetx.app` starts them before the first request and closes them after the last; the endpoints find them on the
+application. Closing answers everybody who waits before the database goes.
+"""
+
+from dataclasses import dataclass
+
+from voicetx import migrations
+from voicetx.auth import Authenticator
+from voicetx.recording import Recorder
+from voicetx.settings import Settings
+from voicetx.store import Store
+from voicetx.throttle import Throttle
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What an endpoint may call."""
+
+    settings: Settings
+    store: Store
+    throttle: Throttle
+    authenticator: Authenticator
+    recorder: Recorder
+
+    @classmethod
+    async def start(cls, settings: Settings) -> "Services":
+        """Open the database and begin to take updates.
+
+        Raises `SchemaOutdated` for a server database that is not at this release's schema, and `StoreUnavailable`.
+        """
+        store = open_store(settings)
+        try:
+            await migrations.prepare(store)
+        except BaseException:
+            await store.close()
+            raise
+        throttle = Throttle(settings)
+        recorder = Recorder(store, settings)
+        recorder.start()
+        return cls(settings, store, throttle, Authenticator(store, settings, throttle), recorder)
+
+    async def close(self) -> None:
+        """Commit and answer what was accepted, then let go of the database and of Redis."""
+        await self.recorder.close()
+        await self.throttle.close()
+        await self.store.close()
+
+
+def open_store(settings: Settings) -> Store:
+    """Return the store that the settings name."""
+    return Store(
+        settings.database_url.get_secret_value(),
+        pool_size=settings.database_pool_size,
+        timeout_seconds=settings.commit_timeout_seconds,
+    )

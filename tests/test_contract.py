@@ -1,0 +1,323 @@
+"""The wire: what a body may hold, and which answer each way of breaking a rule gets."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bodies import GONE, TROMBONE, encode, make_body
+from voicetx.contract import WIRE_NAMES, parse, restore
+from voicetx.errors import Refusal, Rejected
+
+MANDATORY = ["transaction-id", "call-starttime", "call-endtime", "call-source", "call-state", "drop-code"]
+
+
+def refuse(body: bytes) -> tuple[int, list[str]]:
+    """Return the code and the fields at fault that a body is refused with."""
+    with pytest.raises(Rejected) as refused:
+        parse(body)
+    return refused.value.refusal.code, [fault.field for fault in refused.value.faults]
+
+
+def test_users_example_is_accepted() -> None:
+    """The request example of the user's document, its gaps filled in, makes an update of all its fields."""
+    example = {
+        "transaction-id": "tx-1",
+        "call-starttime": "2014-08-26 08:00:58.211",
+        "call-endtime": "2014-08-26 08:00:59.200",
+        "call-source": "3",
+        "trombone-starttime": "2014-08-26 08:00:58.211",
+        "trombone-endtime": "2014-08-26 08:00:59.211",
+        "dtmf-digits": "1",
+        "voice-tag": "tag",
+        "call-state": "6",
+        "drop-code": "2005",
+        "drop-reason": "Normal clearing",
+        "message": "Call finished",
+        "voice-recorded": "Yes",
+        "times-attempted": "1",
+        "a-party": "919999999999",
+        "b-party": "918888888888",
+    }
+    update = parse(encode(example))
+    assert {"transaction-id": update.transaction_id} | {
+        WIRE_NAMES[name]: value for name, value in update.fields.items()
+    } == example
+
+
+GOOD_VALUES = [
+    ("transaction-id", "!~"),
+    ("transaction-id", "x" * 128),
+    ("call-starttime", "2024-02-29 00:00:00.000"),
+    ("call-endtime", "2026-03-01 09:00:00.000"),
+    *(("call-source", value) for value in "12"),
+    *(("call-state", value) for value in "123456"),
+    *(("drop-code", str(value)) for value in [2005, *range(1001, 1008), *range(2000, 2005), 2006, 2020]),
+    ("dtmf-digits", "0123456789*#ABCD"),
+    ("dtmf-digits", "1" * 64),
+    ("voice-tag", "é" * 128),
+    ("drop-reason", "x" * 1024),
+    ("message", "line one\nline two"),
+    ("message", "😀" * 1024),
+    ("voice-recorded", "Yes"),
+    ("voice-recorded", "No"),
+    ("times-attempted", "0"),
+    ("times-attempted", "999"),
+    ("a-party", "sip:someone@example.com"),
+    ("b-party", "+" + "1" * 63),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), GOOD_VALUES)
+def test_good_values_are_accepted(field: str, value: str) -> None:
+    """A value at the edge of its field's rule is accepted and kept as it is."""
+    update = parse(encode(make_body() | {field: value}))
+    assert ({"transaction_id": update.transaction_id} | dict(update.fields))[field.replace("-", "_")] == value
+
+
+BAD_VALUES = [
+    ("transaction-id", "two words"),
+    ("transaction-id", "x" * 129),
+    ("transaction-id", "é"),
+    ("call-starttime", "2026-02-30 09:00:00.000"),
+    ("call-starttime", "2026-13-01 09:00:00.000"),
+    ("call-starttime", "2025-02-29 09:00:00.000"),
+    ("call-starttime", "0000-01-01 09:00:00.000"),
+    ("call-starttime", "2026-03-01 24:00:00.000"),
+    ("call-starttime", "2026-03-01 09:60:00.000"),
+    ("call-starttime", "2026-03-01 08:59:60.000"),
+    ("call-starttime", "2026-03-01T09:00:00.000"),
+    ("call-starttime", "2026-03-01 09:00:00.00"),
+    ("call-starttime", "2026-03-01 09:00:00.0000"),
+    ("call-starttime", "2026-03-01 09:00:00"),
+    ("call-starttime", "2026-3-1 09:00:00.000"),
+    ("call-starttime", "٢٠٢٦-03-01 09:00:00.000"),
+    ("call-endtime", "2026-03-01 08:59:59.999"),
+    ("call-source", "0"),
+    ("call-source", "4"),
+    ("call-source", "2.0"),
+    ("call-state", "0"),
+    ("call-state", "7"),
+    ("drop-code", "2007"),
+    ("drop-code", "200"),
+    ("dtmf-digits", "12a"),
+    ("dtmf-digits", "E"),
+    ("dtmf-digits", "1" * 65),
+    ("voice-tag", "x" * 129),
+    ("drop-reason", "x" * 1025),
+    ("message", "x" * 1025),
+    ("message", "a\0b"),
+    ("voice-recorded", "yes"),
+    ("voice-recorded", "true"),
+    ("times-attempted", "1000"),
+    ("times-attempted", "-1"),
+    ("times-attempted", "1.0"),
+    ("times-attempted", "١"),
+    ("a-party", "1" * 65),
+    ("b-party", "1" * 65),
+    ("unknown", "a\0b"),
+    ("unknown", {"deep": [{"er": "a\0b"}]}),
+    ("unknown", {"na\0me": 1}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_VALUES)
+def test_bad_values_are_named(field: str, value: Any) -> None:
+    """A value that breaks its field's rule is refused with 499 and its field, and the reason never quotes it."""
+    body = encode(make_body() | {field: value})
+    assert refuse(body) == (499, [field])
+    with pytest.raises(Rejected) as refused:
+        parse(body)
+    assert str(value) not in refused.value.faults[0].reason or len(str(value)) < 5
+
+
+@pytest.mark.parametrize("field", ["trombone-starttime", "trombone-endtime"])
+@pytest.mark.parametrize("value", ["2026-02-30 09:00:00.000", "soon"])
+def test_trombone_times_follow_the_rules_of_times(field: str, value: str) -> None:
+    """With call-source 3 a trombone time that is no real time is refused with 499."""
+    assert refuse(encode(make_body(**TROMBONE) | {field: value})) == (499, [field])
+
+
+def test_trombone_must_not_end_before_its_start() -> None:
+    """A trombone that ends before it starts is refused, one that takes no time at all is not."""
+    body = make_body(**TROMBONE)
+    start = body["trombone-starttime"]
+    assert parse(encode(body | {"trombone-endtime": start})).fields["trombone_endtime"] == start
+    assert refuse(encode(body | {"trombone-endtime": "2026-03-01 09:00:29.999"})) == (499, ["trombone-endtime"])
+
+
+@pytest.mark.parametrize("source", ["1", "2"])
+@pytest.mark.parametrize("value", ["soon", "", None, "2026-03-01 09:00:30.000"])
+def test_trombone_times_are_not_applicable_otherwise(source: str, value: str | None) -> None:
+    """With another call-source trombone times are accepted whatever they say, and are not put on the transaction."""
+    update = parse(encode(make_body(call_source=source, trombone_starttime=value, trombone_endtime=value)))
+    assert not {"trombone_starttime", "trombone_endtime"} & update.fields.keys()
+
+
+@pytest.mark.parametrize("field", MANDATORY)
+@pytest.mark.parametrize("value", [GONE, None, "", "  \t\n"])
+def test_missing_mandatory_fields_are_named(field: str, value: object) -> None:
+    """A mandatory field that is absent, null or empty after trimming is missing."""
+    assert refuse(encode(make_body(**{field.replace("-", "_"): value}))) == (1002, [field])
+
+
+@pytest.mark.parametrize("field", ["trombone-starttime", "trombone-endtime"])
+@pytest.mark.parametrize("value", [GONE, None, " "])
+def test_missing_trombone_times_are_named(field: str, value: object) -> None:
+    """With call-source 3 a trombone time that is not given is missing."""
+    assert refuse(encode(make_body(**{**TROMBONE, field.replace("-", "_"): value}))) == (1002, [field])
+
+
+def test_every_missing_field_is_named_before_any_bad_value() -> None:
+    """What is missing is answered first, all of it, trombone times included, whatever else is wrong."""
+    assert refuse(b"{}") == (1002, MANDATORY)
+    assert refuse(encode({"call-source": " 3 ", "call-state": "9", "message": "x" * 2000})) == (
+        1002,
+        [
+            "transaction-id",
+            "call-starttime",
+            "call-endtime",
+            "trombone-starttime",
+            "trombone-endtime",
+            "drop-code",
+        ],
+    )
+
+
+def test_faults_come_in_body_order() -> None:
+    """The fields at fault are named in the order in which the body gives them, each once."""
+    body = {"b-party": "1" * 65, "zzz": "\0", "message": "\0" * 2000} | make_body(call_state="9", drop_code="1")
+    assert refuse(encode(body)) == (499, ["b-party", "zzz", "message", "call-state", "drop-code"])
+
+
+NOT_JSON = [
+    b"",
+    b" ",
+    b"{",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"12",
+    b"{} x",
+    b"{'a': 1}",
+    b'{"a": NaN}',
+    b'{"a": Infinity}',
+    b'{"a": -Infinity}',
+    b'{"a": 01}',
+    b'{"a": 1,}',
+    b'{"a": "\xff"}',
+    b'{"a": "\xed\xa0\x80"}',
+    b'{"a": "\\ud800"}',
+    b'{"a": "\\udc00\\ud800"}',
+    b'{"\\ud800": 1}',
+    b'{"a": "\x01"}',
+    b'\xef\xbb\xbf{"a": 1}',
+    b'{"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+    b"// comment\n{}",
+    encode(make_body()).replace(b"{", b"{'", 1),
+    encode(make_body())[:-1],
+    encode(make_body()).decode().encode("utf-16"),
+]
+
+
+@pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:24]))
+def test_what_is_not_json_is_refused(body: bytes) -> None:
+    """What RFC 8259 does not call JSON, or is no object, is invalid input JSON."""
+    assert refuse(body)[0] == 1001
+
+
+@pytest.mark.parametrize("field", [*WIRE_NAMES.values()])
+@pytest.mark.parametrize("value", [1, 1.5, True, [], {}, ["2"]])
+def test_values_of_another_type_are_refused(field: str, value: Any) -> None:
+    """Anything but a string in a field of the contract is invalid input JSON, before anything is missing."""
+    assert refuse(encode({field: value})) == (1001, [field])
+
+
+def test_of_a_repeated_name_the_last_counts() -> None:
+    """A name that stands twice has the value that stands last, for good and for bad."""
+    body = encode(make_body())[:-1]
+    assert parse(body + b', "message": 1, "message": "last"}').fields["message"] == "last"
+    assert refuse(body + b', "call-state": "9"}') == (499, ["call-state"])
+
+
+def test_values_are_trimmed_before_any_rule() -> None:
+    """White space around a value is no part of it."""
+    padded = {name: f" \t{value}\n\u00a0" for name, value in make_body(message="m " * 512).items()}
+    update = parse(encode(padded))
+    assert update.transaction_id == "tx-1"
+    assert update.fields["message"] == ("m " * 512).strip()
+    assert update.digest == parse(encode(make_body(message="m " * 512))).digest
+
+
+def test_a_backslash_before_u0000_is_not_nul() -> None:
+    """The text backslash-u-0000 is four harmless digits after two harmless characters."""
+    assert parse(encode(make_body(message=r"\u0000"))).fields["message"] == r"\u0000"
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1),
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner, max_size=3),
+            max_leaves=5,
+        ),
+        max_size=4,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_digest_depends_on_fields_and_values_only(unknown: dict[str, Any], random: Any) -> None:
+    """Order and spacing of the body do not change the digest, and what is read back from the history is the same."""
+    body = {name: value for name, value in unknown.items() if name not in WIRE_NAMES.values()} | make_body()
+    items = list(body.items())
+    random.shuffle(items)
+    first = parse(encode(body))
+    second = parse(json.dumps(dict(items), indent=3, ensure_ascii=False).encode())
+    assert first.digest == second.digest
+    assert restore(first.body) == first
+
+
+def test_digest_tells_every_value_apart() -> None:
+    """Another value, a further unknown field, a number that differs past a double's precision: another update."""
+    bodies = [
+        encode(make_body()),
+        encode(make_body(message="x")),
+        encode(make_body(x="1")),
+        encode(make_body(x=1)),
+        encode(make_body(x=True)),
+        *(
+            encode(make_body())[:-1] + b', "x": %b}' % x
+            for x in [b"1e400", b"1e401", b"0.1", b"0.10000000000000000001"]
+        ),
+        encode(make_body())[:-1] + b', "x": %b}' % (b"9" * 30),
+        encode(make_body())[:-1] + b', "x": %b}' % (b"9" * 29 + b"8"),
+    ]
+    assert len({parse(body).digest for body in bodies}) == len(bodies)
+
+
+def test_a_field_that_is_not_given_makes_no_difference() -> None:
+    """Absent, null and empty are the same update."""
+    digests = {parse(encode(make_body(message=value, x=value))).digest for value in [GONE, None, "", "  "]}
+    assert len(digests) == 1
+
+
+def test_table_of_refusals_is_the_contracts() -> None:
+    """Each code stands with its HTTP status and its description, verbatim, as in docs/contract.md."""
+    table = {(refusal.status, refusal.code): refusal.description for refusal in Refusal}
+    assert table[401, 498] == "Invalid token or Access token expired"
+    assert table[401, 430] == "Authorization failed. This resource is not allowed to access using this TOKEN or KEY"
+    assert table[200, 1010] == "The request was not processed."
+    assert table[405, 405] == "Method not supported"
+    assert table[429, 429] == "Too many requests. Throttle limit reached for the time window."
+    assert table[499, 499] == (
+        "Request failed. Check the exact reason of failure in application code and description of error stream."
+    )
+    assert table[500, 500] == "Internal server error"
+    assert table[500, 1001] == "Invalid input JSON"
+    assert table[500, 1002] == "Mandatory field missing"
