@@ -114,7 +114,7 @@ BAD_VALUES = [
     ("times-attempted", "1000"),
     ("times-attempted", "-1"),
     ("times-attempted", "1.0"),
-    ("times-attempted", "١"),
+    ("times-attempted", "\u0661"),
     ("a-party", "1" * 65),
     ("b-party", "1" * 65),
     ("unknown", "a\0b"),

@@ -17,12 +17,11 @@ from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, insert, literal, select, update
-from sqlalchemy.exc import IntegrityError
 
 from voicetx.errors import Refusal, Rejected
 from voicetx.schema import access_token, api_secret, api_user
 from voicetx.settings import Settings, check_limit, check_time_zone
-from voicetx.store import Store
+from voicetx.store import Store, ValueRefused
 from voicetx.throttle import Throttle
 
 _SECRET_PREFIX = "vsk_"  # noqa: S105 - what a secret key begins with, so that scanners find leaked ones
@@ -147,7 +146,7 @@ class Authenticator:
 
         try:
             await self._store.write(work)
-        except IntegrityError:
+        except ValueRefused:
             # The secret key was revoked since it was looked up.
             self._found.pop(secret_digest, None)
             self._fail(address)

@@ -7,12 +7,10 @@ Source: docs/contract.md, section 5.
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import NoReturn
 from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 
 from voicetx.contract import Update
 from voicetx.errors import Refusal, Rejected
@@ -23,6 +21,7 @@ from voicetx.store import (
     Received,
     Store,
     StoreUnavailable,
+    ValueRefused,
     insert_history,
     read_history,
     read_transactions,
@@ -84,8 +83,10 @@ class Recorder:
         except (QueueFull, Closed, CommitTimeout, StoreUnavailable) as error:
             _log.warning("update.not_recorded", reason=type(error).__name__, cause=str(error))
             raise Rejected(Refusal.INTERNAL, retry_after_seconds=_RETRY_AFTER_SECONDS) from error
-        except DBAPIError as error:
-            _refuse_poison(error)
+        except ValueRefused as error:
+            # A retry would not help, and none is suggested.
+            _log.error("update.refused_by_database", cause=str(error))
+            raise Rejected(Refusal.INTERNAL) from error
         if outcome is Outcome.UNKNOWN:
             raise Rejected(Refusal.NOT_PROCESSED)
         return outcome
@@ -94,12 +95,6 @@ class Recorder:
         return await self._store.write(
             lambda connection: commit_batch(connection, batch, registers_unknown=self._registers_unknown)
         )
-
-
-def _refuse_poison(error: DBAPIError) -> NoReturn:
-    # The driver's text may quote the value, so only its kind is logged; nothing suggests that a retry would help.
-    _log.error("update.refused_by_database", reason=type(error.orig).__name__)
-    raise Rejected(Refusal.INTERNAL) from error
 
 
 def commit_batch(

@@ -65,6 +65,10 @@ class StoreUnavailable(Exception):  # noqa: N818 - a state of the world, named a
     """The database could not be reached, or could not do its work now; nothing is known to be written."""
 
 
+class ValueRefused(Exception):  # noqa: N818 - what happened to the work
+    """The database is well and refuses a value of the work, which was rolled back; a retry changes nothing."""
+
+
 class Store:
     """One process's way to its database.
 
@@ -85,7 +89,7 @@ class Store:
         """Run `work` in a transaction of its own and return its result once that is committed.
 
         A deadlock or a lost connection makes it run again, so `work` must bear being run twice. Raises
-        `StoreUnavailable`, or SQLAlchemy's `DBAPIError` where the database refuses a value.
+        `StoreUnavailable`, or `ValueRefused` where a value is at fault.
         """
         return await self._run(self._writer, work)
 
@@ -115,8 +119,10 @@ class Store:
                     has_reconnected = True
                     continue
                 if _is_refused_value(error):
-                    raise
+                    raise ValueRefused(_describe(error)) from error
                 raise StoreUnavailable(_describe(error)) from error
+            except OverflowError as error:  # sqlite3 raises it for a number past 64 bits
+                raise ValueRefused(_describe(error)) from error
             except (OSError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, sqlite3.Error) as error:
                 raise StoreUnavailable(_describe(error)) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -364,7 +370,7 @@ def _bind_ids(connection: Connection, ids: Collection[str]) -> Any:
 def _ids_as_rows(dialect: str) -> Any:
     """Return the bound ids as a column of rows: an array on PostgreSQL, a JSON array on SQLite."""
     if dialect == "postgresql":
-        return func.unnest(bindparam("ids", type_=ARRAY(Text))).table_valued("value").c.value
+        return func.unnest(bindparam("ids", type_=ARRAY(Text))).column_valued("id")
     return func.json_each(bindparam("ids", type_=Text())).table_valued("value").c.value
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import orjson
 import structlog
 from slowapi.errors import RateLimitExceeded
-from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope, Send
@@ -86,8 +85,6 @@ def to_rejected(error: Exception) -> Rejected:
             return Rejected(Refusal.INTERNAL, retry_after_seconds=_RETRY_AFTER_SECONDS)
         case HTTPException() if error.status_code in _REFUSAL_BY_STATUS:
             return Rejected(_REFUSAL_BY_STATUS[error.status_code])
-        case DBAPIError():
-            _log.error("store.refused", reason=type(error.orig).__name__, exc_info=error)
         case _:
             _log.error("request.failed", exc_info=error)
     return Rejected(Refusal.INTERNAL)

@@ -6,7 +6,6 @@ Neither endpoint needs a credential and neither says more than yes or no, and wh
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
-from sqlalchemy.exc import DBAPIError
 
 from voicetx import migrations
 from voicetx.api.answers import Answer, to_response
@@ -58,6 +57,6 @@ async def _describe_database(services: Services) -> str:
         await migrations.check(services.store)
     except SchemaOutdated:
         return "schema outdated"
-    except (StoreUnavailable, DBAPIError):
+    except StoreUnavailable:
         return "unavailable"
     return "ready"

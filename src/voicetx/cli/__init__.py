@@ -8,14 +8,13 @@ import sys
 
 import typer
 from pydantic import ValidationError
-from sqlalchemy.exc import DBAPIError
 
 from voicetx.auth import AdministrationError
 from voicetx.cli import database, deployments, serve, transactions, users
 from voicetx.cli.output import CommandError, complain
 from voicetx.deployments import DeploymentError
 from voicetx.migrations import SchemaOutdated
-from voicetx.store import StoreUnavailable
+from voicetx.store import StoreUnavailable, ValueRefused
 
 app = typer.Typer(
     name="voicetx",
@@ -45,8 +44,8 @@ def main() -> None:
             complain(f"VOICETX_{name}: {fault['msg'].removeprefix('Value error, ')}.")
     except StoreUnavailable as error:
         complain(f"The database cannot be used: {error}. VOICETX_DATABASE_URL says where it is.")
-    except DBAPIError as error:
-        complain(f"The database refused this: {type(error.orig).__name__}.")
+    except ValueRefused as error:
+        complain(f"The database refused this: {error}.")
     except OSError as error:
         complain(f"{error.filename or 'The system'}: {error.strerror or error}.")
     except KeyboardInterrupt:
