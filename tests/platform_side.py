@@ -1,0 +1,59 @@
+"""What the platform does before a dialer rings: makes API users, deployments and transactions, and looks at them."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from voicetx import auth
+from voicetx.auth import ApiUser, Grant
+from voicetx.deployments import create_deployment, register_transactions
+from voicetx.reports import TransactionReport, report_transaction
+from voicetx.store import Store
+
+T = TypeVar("T")
+
+HIGH_LIMIT = "1000000/second"
+
+
+def run_on(database_url: str, work: Callable[[Connection], T]) -> T:
+    """Run `work` in a transaction of its own on a database."""
+
+    async def run() -> T:
+        store = Store(database_url)
+        try:
+            return await store.write(work)
+        finally:
+            await store.close()
+
+    return asyncio.run(run())
+
+
+def make_user(
+    database_url: str,
+    name: str = "dialer",
+    grants: Iterable[Grant] = (Grant.TRANSACTIONS_UPDATE,),
+    *,
+    call_limit: str | None = HIGH_LIMIT,
+) -> tuple[ApiUser, str]:
+    """Make an API user and return it with its secret key."""
+    return run_on(database_url, lambda connection: auth.add_user(connection, name, grants, call_limit=call_limit))
+
+
+def register(database_url: str, ids: Iterable[str], deployment_id: str = "campaign") -> None:
+    """Make a deployment with these transactions."""
+    wanted = list(ids)
+
+    def work(connection: Connection) -> None:
+        create_deployment(connection, deployment_id, None)
+        register_transactions(connection, deployment_id, wanted)
+
+    run_on(database_url, work)
+
+
+def show(database_url: str, transaction_id: str) -> TransactionReport:
+    """Return what is on disk of a transaction."""
+    report = run_on(database_url, lambda connection: report_transaction(connection, transaction_id))
+    assert report is not None
+    return report
