@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import UUID, uuid4
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, insert, literal, select, update
@@ -22,7 +22,9 @@ from voicetx.errors import Refusal, Rejected
 from voicetx.schema import access_token, api_secret, api_user
 from voicetx.settings import Settings, check_limit, check_time_zone
 from voicetx.store import Store, ValueRefused
-from voicetx.throttle import Throttle
+
+if TYPE_CHECKING:
+    from voicetx.throttle import Throttle  # the command line needs none of it and starts faster without
 
 _SECRET_PREFIX = "vsk_"  # noqa: S105 - what a secret key begins with, so that scanners find leaked ones
 _TOKEN_PREFIX = "vat_"  # noqa: S105 - the same for access tokens
@@ -86,7 +88,7 @@ class Authenticator:
     lock out its neighbours behind the same address.
     """
 
-    def __init__(self, store: Store, settings: Settings, throttle: Throttle) -> None:
+    def __init__(self, store: Store, settings: Settings, throttle: "Throttle") -> None:
         self._store = store
         self._throttle = throttle
         self._believe_seconds = settings.credential_cache_seconds

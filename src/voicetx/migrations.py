@@ -5,16 +5,18 @@ since other processes may be using it. The steps are in `alembic/versions`: one 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 
 from voicetx.schema import metadata
 from voicetx.store import Store
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+HEAD = "0001"
+"""The newest version in `alembic/versions`; a test compares the two. Known without importing alembic, which is slow."""
 
 _LOCK = 0x766F696365  # "voice": two upgrades of one server database wait for each other
 
@@ -23,14 +25,18 @@ class SchemaOutdated(Exception):  # noqa: N818 - a state of the database, named 
     """The database is not at this release's schema; the text says what to do."""
 
 
-def _find_scripts() -> Path:
+def find_scripts() -> Path:
+    """Return the folder of the migrations: inside an installed package, or at the top of a checkout."""
     packaged = Path(__file__).parent / "alembic"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "alembic"
 
 
-def _configure(connection: Connection) -> Config:
+def configure(connection: Connection) -> "Config":
+    """Return alembic's configuration for work on a connection of ours."""
+    from alembic.config import Config  # noqa: PLC0415 - see HEAD
+
     config = Config()
-    config.set_main_option("script_location", str(_find_scripts()).replace("%", "%%"))
+    config.set_main_option("script_location", str(find_scripts()).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
 
@@ -42,9 +48,11 @@ async def upgrade(store: Store) -> None:
     """
 
     def work(connection: Connection) -> None:
+        from alembic import command  # noqa: PLC0415 - see HEAD
+
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-        command.upgrade(_configure(connection), "head")
+        command.upgrade(configure(connection), "head")
 
     await store.write(work)
 
@@ -55,23 +63,24 @@ async def check(store: Store) -> None:
 
 
 def check_revision(connection: Connection) -> None:
-    """Raise `SchemaOutdated` unless the database is at this release's revision; one cheap query."""
-    head = ScriptDirectory(str(_find_scripts())).get_current_head()
-    found = MigrationContext.configure(connection).get_current_revision()
-    if found == head:
-        return
-    if found is None:
+    """Raise `SchemaOutdated` unless the database is at this release's revision; two cheap queries."""
+    if not inspect(connection).has_table("alembic_version"):
         raise SchemaOutdated("The database holds no voicetx tables yet. Run: voicetx db upgrade")
-    raise SchemaOutdated(
-        f"The database is at schema {found} and this release needs {head}. Run: voicetx db upgrade"
-        " (with the newest release of voicetx that uses this database)"
-    )
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    if found != HEAD:
+        raise SchemaOutdated(
+            f"The database is at schema {found} and this release needs {HEAD}. Run: voicetx db upgrade"
+            " (with the newest release of voicetx that uses this database)"
+        )
 
 
 async def find_differences(store: Store) -> list[str]:
     """Return what distinguishes the database from `voicetx.schema`, a line each; nothing is as it should be."""
 
     def work(connection: Connection) -> list[str]:
+        from alembic.autogenerate import compare_metadata  # noqa: PLC0415 - see HEAD
+        from alembic.migration import MigrationContext  # noqa: PLC0415
+
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         return [str(difference) for difference in compare_metadata(context, metadata)]
 
@@ -80,6 +89,9 @@ async def find_differences(store: Store) -> list[str]:
 
 async def prepare(store: Store) -> None:
     """Make the database ready to serve: upgrade an embedded one; raise `SchemaOutdated` for an old server database."""
-    if store.is_embedded:
+    try:
+        await check(store)
+    except SchemaOutdated:
+        if not store.is_embedded:
+            raise
         await upgrade(store)
-    await check(store)

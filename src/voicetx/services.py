@@ -10,7 +10,7 @@ from voicetx import migrations
 from voicetx.auth import Authenticator
 from voicetx.recording import Recorder
 from voicetx.settings import Settings
-from voicetx.store import Store
+from voicetx.store import Store, open_store
 from voicetx.throttle import Throttle
 
 
@@ -46,12 +46,3 @@ class Services:
         await self.recorder.close()
         await self.throttle.close()
         await self.store.close()
-
-
-def open_store(settings: Settings) -> Store:
-    """Return the store that the settings name."""
-    return Store(
-        settings.database_url.get_secret_value(),
-        pool_size=settings.database_pool_size,
-        timeout_seconds=settings.commit_timeout_seconds,
-    )

@@ -50,6 +50,7 @@ from sqlalchemy.types import TypeEngine
 from voicetx.contract import Position, Update, restore
 from voicetx.merge import Transaction
 from voicetx.schema import FIELD_NAMES, deployment, voice_transaction, voice_update
+from voicetx.settings import Settings
 
 T = TypeVar("T")
 
@@ -132,6 +133,15 @@ class Store:
         if not self._path.exists():
             with suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def open_store(settings: Settings) -> Store:
+    """Return the store that the settings name."""
+    return Store(
+        settings.database_url.get_secret_value(),
+        pool_size=settings.database_pool_size,
+        timeout_seconds=settings.commit_timeout_seconds,
+    )
 
 
 def _make_sqlite_engine(path: Path, begin: str, pool_size: int, timeout_seconds: float) -> AsyncEngine:

@@ -5,8 +5,8 @@ import asyncio
 import typer
 
 from voicetx import migrations
-from voicetx.services import open_store
 from voicetx.settings import Settings
+from voicetx.store import open_store
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -15,8 +15,8 @@ from sqlalchemy import Connection
 from voicetx import deployments, migrations
 from voicetx.cli.output import AsJson, complain, format_time, print_json, print_table, write
 from voicetx.deployments import Deployment, FileFormat, Line
-from voicetx.services import open_store
 from voicetx.settings import Settings
+from voicetx.store import open_store
 
 T = TypeVar("T")
 

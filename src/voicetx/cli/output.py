@@ -13,8 +13,8 @@ from rich.table import Table
 from sqlalchemy import Connection
 
 from voicetx import migrations
-from voicetx.services import open_store
 from voicetx.settings import Settings
+from voicetx.store import open_store
 
 T = TypeVar("T")
 

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 from sqlalchemy import Connection
-from uvicorn.supervisors import Multiprocess
 
 from voicetx import auth, deployments, migrations
 from voicetx.auth import AdministrationError, Grant
 from voicetx.cli.output import CommandError, write
 from voicetx.contract import UPDATE_PATH
 from voicetx.deployments import DeploymentError
-from voicetx.logs import configure_logging
-from voicetx.services import open_store
 from voicetx.settings import LogFormat, Settings
+from voicetx.store import open_store
 
 _BACKLOG = 2048
 _DEMO_NAME = "demo"
@@ -52,6 +49,12 @@ async def _prepare(settings: Settings) -> None:
 
 
 def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> None:
+    # Imported here: the other commands start faster without them.
+    import uvicorn  # noqa: PLC0415
+    from uvicorn.supervisors import Multiprocess  # noqa: PLC0415
+
+    from voicetx.logs import configure_logging  # noqa: PLC0415
+
     configure_logging(settings.log_format)
     listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
@@ -84,11 +87,8 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
         # From now on a client that connects waits to be served; it is not refused.
-        listener.listen(_BACKLOG)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise CommandError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from error
     listener.set_inheritable(True)

@@ -1,0 +1,323 @@
+"""The command line: what it prints for people and programs, and a sentence for everything that goes wrong."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import httpx
+import pytest
+
+from bodies import encode, make_body
+from platform_side import make_user, register, run_on, show
+from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, run_command, wait_until
+from voicetx.cli import main
+from voicetx.contract import parse
+from voicetx.deployments import list_deployments
+from voicetx.recording import commit_batch
+from voicetx.store import Received
+
+
+def invoke(database_url: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which is faster by seconds, and return what it printed and its exit status."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    patched = [
+        mock.patch.dict(os.environ, {"VOICETX_DATABASE_URL": database_url}),
+        mock.patch.object(sys, "argv", ["voicetx", *arguments]),
+        mock.patch.object(sys, "stdin", io.StringIO(text)),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ]
+    status: object = 0
+    with ExitStack() as stack:
+        for patch in patched:
+            stack.enter_context(patch)
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+    printed = []
+    for stream in (out, err):
+        stream.seek(0)
+        printed.append(stream.read())
+    return subprocess.CompletedProcess(arguments, status if isinstance(status, int) else 0, *printed)
+
+
+def run(database_url: str, *arguments: str, text: str = "") -> str:
+    """Run a command that must succeed and return what it printed."""
+    done = invoke(database_url, *arguments, text=text)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fail(database_url: str, *arguments: str) -> str:
+    """Run a command that must fail and return its complaint, which is never a traceback."""
+    done = invoke(database_url, *arguments)
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.strip()
+    return done.stderr
+
+
+def test_the_life_of_an_api_user(database_url: str) -> None:
+    """A user is added, listed, shown, granted, given a second key, rotated and deleted, each with JSON to build on."""
+    added = json.loads(
+        run(
+            database_url, "user", "add", "dialer", "--grant", "transactions:update", "--time-zone", "Europe/Berlin",
+            "--limit", "5/second", "--json",
+        )
+    )  # fmt: skip
+    assert list(added) == ["api_key_id", "name", "grants", "secret_key"]
+    assert (added["name"], added["grants"]) == ("dialer", ["transactions:update"])
+    shown = json.loads(run(database_url, "user", "show", "dialer", "--json"))
+    assert (shown["keys"], shown["limit"], shown["time_zone"]) == ([1], "5/second", "Europe/Berlin")
+    assert json.loads(run(database_url, "user", "list", "--json")) == [shown]
+    assert added["secret_key"] not in json.dumps(shown)
+    run(database_url, "user", "grant", added["api_key_id"], "transactions:read")
+    run(database_url, "user", "revoke", "dialer", "transactions:update")
+    second = json.loads(run(database_url, "key", "add", "dialer", "--json"))
+    assert list(second) == ["slot", "secret_key"]
+    shown = json.loads(run(database_url, "user", "show", "dialer", "--json"))
+    assert (shown["grants"], shown["keys"]) == (["transactions:read"], [1, 2])
+    assert "two secret keys" in fail(database_url, "key", "add", "dialer")
+    assert "key 2 is key 1 now" in run(database_url, "key", "delete", "dialer", "1")
+    assert "no secret key 2" in fail(database_url, "key", "delete", "dialer", "2")
+    run(database_url, "user", "delete", "dialer")
+    assert json.loads(run(database_url, "user", "list", "--json")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("user", "show", "nobody"), "There is no API user nobody."),
+        (("user", "add", "taken"), "There is an API user named taken already."),
+        (("user", "add", "x", "--time-zone", "Mars/Olympus"), "a time zone is an IANA name"),
+        (("user", "add", "x", "--limit", "lots"), "a limit is written like 200/second"),
+        (("user", "add", "x", "--limit", "0/second"), "a limit is written like 200/second"),
+        (("user", "add", "x", "--grant", "everything"), "everything"),
+        (("user", "grant", "taken", "everything"), "everything"),
+        (("deployment", "create", "two words"), "A deployment id has 1 to 128 visible ASCII characters."),
+        (("deployment", "create", "taken"), "There is a deployment taken already."),
+        (("deployment", "show", "nowhere"), "There is no deployment nowhere."),
+        (("deployment", "mint", "nowhere", "1"), "There is no deployment nowhere."),
+        (("deployment", "load", "nowhere", "x.csv"), "There is no deployment nowhere."),
+        (("deployment", "load", "taken", "missing.csv"), "missing.csv: No such file or directory."),
+        (("transaction", "show", "nothing"), "There is no transaction nothing."),
+        (("transaction",), "Usage"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_what_cannot_be_done_is_a_sentence(sqlite_url: str, arguments: tuple[str, ...], sentence: str) -> None:
+    """Whatever cannot be done is said in a sentence, with a non-zero exit status."""
+    invoke(sqlite_url, "user", "list")
+    if "taken" in arguments:
+        make_user(sqlite_url, "taken")
+        register(sqlite_url, [], "taken")
+    done = invoke(sqlite_url, *arguments)
+    assert sentence in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert done.returncode != 0
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """Return the address of a SQLite database that is not there yet."""
+    return f"sqlite:///{tmp_path / 'new.db'}"
+
+
+def test_a_database_that_is_away_is_a_sentence() -> None:
+    """A server that does not answer and a file that cannot be opened are sentences too."""
+    away = f"postgresql://someone:hunter2@127.0.0.1:{find_free_port()}/x"
+    complaint = fail(away, "user", "list")
+    assert "The database cannot be used" in complaint
+    assert "hunter2" not in complaint
+    assert "/nowhere/at/all.db: No such file or directory." in fail("sqlite:////nowhere/at/all.db", "user", "list")
+    assert "VOICETX_DATABASE_URL" in fail("mysql://x", "user", "list")
+
+
+def test_an_embedded_database_is_made_when_it_is_first_used(sqlite_url: str, tmp_path: Path) -> None:
+    """A command on a SQLite file that is not there makes it, readable by its owner alone."""
+    run(sqlite_url, "user", "list")
+    assert (tmp_path / "new.db").stat().st_mode & 0o777 == 0o600
+
+
+def write_ids(path: Path, ids: list[str], *, as_csv: bool) -> Path:
+    """Write a file of transaction ids."""
+    if as_csv:
+        path.write_text("phone,transaction-id\r\n" + "".join(f'"+1, 555",{name}\r\n' for name in ids))
+    else:
+        path.write_text("".join(json.dumps({"transaction-id": name, "phone": "+1"}) + "\n" for name in ids))
+    return path
+
+
+@pytest.mark.parametrize("as_csv", [True, False])
+def test_200_000_transactions_load_and_load_again(database_url: str, tmp_path: Path, as_csv: bool) -> None:
+    """A file of 200,000 ids loads, and loads again without a change."""
+    run(database_url, "deployment", "create", "campaign", "--name", "Spring")
+    ids = [f"tx-{number}" for number in range(200_000)]
+    file = write_ids(tmp_path / "ids", ids, as_csv=as_csv)
+    for _ in range(2):
+        loaded = json.loads(run(database_url, "deployment", "load", "campaign", str(file), "--json"))
+        assert loaded == {"deployment": "campaign", "loaded": 200_000, "faults": 0}
+    shown = json.loads(run(database_url, "deployment", "show", "campaign", "--json"))
+    assert (shown["name"], shown["transactions"], shown["reported"]) == ("Spring", 200_000, 0)
+
+
+def test_bad_lines_are_named_and_the_rest_is_loaded(database_url: str, tmp_path: Path) -> None:
+    """Each bad line is named by its number with what is wrong, the others are loaded, and the exit status is 1."""
+    register(database_url, ["mine-1"], "mine")
+    register(database_url, ["theirs-1"], "theirs")
+    file = tmp_path / "ids.ndjson"
+    good = [json.dumps({"transaction-id": name}) for name in ["a", " b ", "mine-1", "theirs-1", "c"]]
+    bad = [
+        "{",
+        "[]",
+        '{"id": "x"}',
+        '{"transaction-id": 7}',
+        '{"transaction-id": "two words"}',
+        '{"transaction-id": ""}',
+    ]
+    file.write_text("\n".join([*good[:2], "", *bad, *good[2:], '{"transaction-id": "caf\u00e9"}']) + "\n")
+    done = invoke(database_url, "deployment", "load", "mine", str(file))
+    assert done.returncode == 1
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+        *(f"line {number}" for number in [4, 5, 6, 7, 8, 9, 11, 13]),
+        "8 lines were not loaded.",
+    ]
+    assert "belongs to another deployment" in done.stderr
+    assert {name for name in ["a", "b", "c", "mine-1"] if show(database_url, name).deployment_id == "mine"} == {
+        "a", "b", "c", "mine-1"
+    }  # fmt: skip
+    assert show(database_url, "theirs-1").deployment_id == "theirs"
+
+
+def test_bad_lines_of_a_csv_are_named(sqlite_url: str, tmp_path: Path) -> None:
+    """A CSV's lines count from its header, and one without the column is refused as a whole."""
+    run(sqlite_url, "deployment", "create", "campaign")
+    file = tmp_path / "ids.csv"
+    file.write_text("\ufefftransaction-id,phone\na,1\ntwo words,2\n\nb\n,3\n", encoding="utf-8")
+    done = invoke(sqlite_url, "deployment", "load", "campaign", str(file))
+    assert (done.returncode, [line.split(":")[0] for line in done.stderr.splitlines()]) == (
+        1,
+        ["line 3", "line 6", "2 lines were not loaded."],
+    )
+    file.write_text("id\nx\n")
+    assert "header that names transaction-id" in fail(sqlite_url, "deployment", "load", "campaign", str(file))
+
+
+def test_ids_load_from_standard_input(sqlite_url: str) -> None:
+    """`-` reads standard input, whichever of the two forms it has."""
+    run(sqlite_url, "deployment", "create", "campaign")
+    for text in ["transaction-id\na\nb\n", '{"transaction-id":"c"}\n']:
+        run(sqlite_url, "deployment", "load", "campaign", "-", text=text)
+    assert [found.transactions for found in run_on(sqlite_url, list_deployments)] == [3]
+
+
+def test_minted_ids_are_registered_and_printed(database_url: str) -> None:
+    """`mint` prints new ids, one a line, or as `load` reads them; each is registered."""
+    run(database_url, "deployment", "create", "campaign")
+    ids = run(database_url, "deployment", "mint", "campaign", "3").split()
+    ids += [
+        json.loads(line)["transaction-id"]
+        for line in run(database_url, "deployment", "mint", "campaign", "2", "--json").splitlines()
+    ]
+    assert len(set(ids)) == 5
+    assert {show(database_url, name).deployment_id for name in ids} == {"campaign"}
+    listed = json.loads(run(database_url, "deployment", "list", "--json"))
+    assert [(row["id"], row["transactions"]) for row in listed] == [("campaign", 5)]
+
+
+def test_a_terminal_is_not_steered_by_what_a_dialer_sent(sqlite_url: str) -> None:
+    """Escape sequences in a message are shown, not obeyed."""
+    run(sqlite_url, "user", "list")
+    user, _ = make_user(sqlite_url)
+    register(sqlite_url, ["tx-1"])
+    update = parse(encode(make_body("tx-1", message="\x1b[2Jgone")))
+    run_on(sqlite_url, lambda c: commit_batch(c, [Received(update, user.api_key_id, 1)]))
+    assert "\x1b" not in run(sqlite_url, "transaction", "show", "tx-1")
+    assert json.loads(run(sqlite_url, "transaction", "show", "tx-1", "--json"))["message"] == "\x1b[2Jgone"
+
+
+def test_transaction_show_prints_what_scripts_need(database_url: str) -> None:
+    """JSON has the merged fields by wire name beside deployment, inconsistent, updates and history."""
+    user, _ = make_user(database_url)
+    register(database_url, ["tx-1"])
+    bodies = [make_body("tx-1", message="one", huge=[1e308]), make_body("tx-1", drop_code="1002", times_attempted="1")]
+    batch = [Received(parse(encode(body)), user.api_key_id, at) for at, body in enumerate(bodies, start=1)]
+    run_on(database_url, lambda c: commit_batch(c, batch))
+    assert json.loads(run(database_url, "transaction", "show", "tx-1", "--json")) == bodies[1] | {
+        "deployment": "campaign",
+        "inconsistent": True,
+        "updates": 2,
+        "history": [
+            {"received_at": f"1970-01-01T00:00:00.00{at}Z", "api_user": "dialer", "body": body}
+            for at, body in enumerate(bodies, start=1)
+        ],
+    }
+
+
+def test_serve_refuses_a_server_database_on_an_old_schema(postgresql: PostgreSQL) -> None:
+    """On a server database without this release's tables `serve` says what to do and ends; after that it starts."""
+    url = postgresql.create_database(f"empty-{os.getpid()}")
+    assert "Run: voicetx db upgrade" in fail(url, "serve", "--port", "0")
+    assert "Run: voicetx db upgrade" in fail(url, "db", "check")
+    assert "Run: voicetx db upgrade" in fail(url, "user", "list")
+    run(url, "db", "upgrade")
+    run(url, "db", "upgrade")
+    run(url, "db", "check")
+    with Service(url) as service:
+        assert httpx.get(f"{service.base_url}/readyz").json()["status"] == "ready"
+
+
+def test_serve_migrates_an_embedded_database(sqlite_url: str) -> None:
+    """An embedded database that is not there is made by `serve` itself, by however many processes."""
+    with Service(sqlite_url, workers=2) as service:
+        assert httpx.get(f"{service.base_url}/readyz").status_code == 200
+
+
+def test_the_program_itself_ends_with_a_sentence_and_a_status(sqlite_url: str) -> None:
+    """Run as a program, what goes wrong is one line on standard error, nothing on standard output, and status 1."""
+    done = run_command(sqlite_url, "user", "show", "nobody")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "There is no API user nobody.\n")
+
+
+def test_a_port_in_use_is_a_sentence(sqlite_url: str) -> None:
+    """A port that somebody listens on already is a sentence."""
+    with Service(sqlite_url) as service:
+        assert f"port {service.port}" in fail(sqlite_url, "serve", "--port", str(service.port))
+
+
+def test_demo_prints_a_curl_line_that_works_and_finds_what_is_there(tmp_path: Path) -> None:
+    """The demonstration prints a curl line that records an update when pasted, the first time and the second."""
+    log = tmp_path / "log"
+    for _ in range(2):
+        port = find_free_port()
+        with log.open("wb") as out:
+            demo = subprocess.Popen(
+                [sys.executable, "-m", "voicetx", "demo", "--port", str(port), "--directory", str(tmp_path / "demo")],
+                env=clean_environment("sqlite:///not-this-one.db"), stdout=out, stderr=out,
+            )  # fmt: skip
+        try:
+            wait_until(lambda: "curl" in log.read_text(), "The demonstration printed nothing", log)
+            curl = re.search(r"curl .*", log.read_text())
+            assert curl is not None
+            answer = subprocess.run(["sh", "-c", curl[0]], capture_output=True, check=True).stdout
+            assert json.loads(answer) == {"transaction-id": "demo-001"}
+            assert f"http://127.0.0.1:{port}/docs" in log.read_text()
+        finally:
+            demo.terminate()
+            demo.wait()
+    url = f"sqlite:///{tmp_path / 'demo' / 'demo.db'}"
+    assert (show(url, "demo-001").updates, show(url, "demo-100").updates) == (1, 0)
+    assert (tmp_path / "demo" / "secret-key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_program_that_does_not_start_says_why() -> None:
+    """The tests' own server class fails with the log's end where the program ends."""
+    with pytest.raises(ServerFailedError, match="VOICETX_DATABASE_URL"), Service("nonsense://"):
+        pass

@@ -1,0 +1,119 @@
+"""What operators see: health, readiness, one log line a request, and nothing in it that nobody may read."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from bodies import encode, make_body
+from platform_side import make_user, register, run_on
+from servers import PostgreSQL, Service, wait_until
+from voicetx.api.tokens import TOKEN_PATH
+from voicetx.contract import UPDATE_PATH
+
+
+@pytest.fixture
+def service(database_url: str) -> Iterator[Service]:
+    """Serve an instance."""
+    with Service(database_url) as service:
+        yield service
+
+
+def read_lines(service: Service) -> list[dict[str, object]]:
+    """Return the log lines of requests; every line of the log is JSON."""
+    lines = [json.loads(line) for line in service.log_text().splitlines()]
+    return [line for line in lines if line["event"].startswith("request")]
+
+
+def test_every_request_has_a_line_and_no_line_has_a_secret(service: Service, database_url: str) -> None:
+    """A line a request has id, API user, code and milliseconds; keys, tokens, numbers, digits and texts are in none."""
+    user, key = make_user(database_url, "dialer")
+    register(database_url, ["tx-1"])
+    private = {
+        "a-party": "+4915550001",
+        "b-party": "+4915550002",
+        "dtmf-digits": "9876*54321",
+        "message": "private message",
+        "voice-tag": "private tag",
+        "drop-reason": "private reason",
+    }
+    with httpx.Client(base_url=service.base_url, headers={"authorization": f"Bearer {key}"}) as client:
+        body = make_body("tx-1") | private
+        for number, content in enumerate([encode(body), encode(body | {"call-state": "9"}), b"{" + encode(body)]):
+            client.put(UPDATE_PATH, content=content, headers={"x-request-id": f"id-{number}"})
+        client.get(f"/{private['a-party']}", headers={"x-request-id": "id-3"})
+        token = client.post(TOKEN_PATH, params={"grant_type": "client_credentials"}, auth=(str(user.api_key_id), key))
+        client.put(UPDATE_PATH, headers={"authorization": "Bearer vsk_guessed-secret"})
+    lines = {str(line["request_id"]): line for line in read_lines(service)}
+    assert [lines[f"id-{number}"]["code"] for number in range(4)] == [200, 499, 1001, 404]
+    assert [lines[f"id-{number}"]["api_user"] for number in range(4)] == ["dialer", "dialer", "dialer", None]
+    assert all(isinstance(line["milliseconds"], float) for line in lines.values())
+    assert lines["id-0"].keys() == {
+        "event", "level", "timestamp", "request_id", "method", "path", "api_user", "code", "milliseconds",
+    }  # fmt: skip
+    log = service.log_text()
+    for secret in [*private.values(), key, token.json()["access_token"], "guessed-secret"]:
+        assert secret not in log
+
+
+def test_a_log_line_cannot_be_forged(service: Service) -> None:
+    """Line breaks and quotes in what a client sends make no line of their own."""
+    with httpx.Client(base_url=service.base_url) as client:
+        client.put('/%0a{"event":"request","code":200}', headers={"x-request-id": 'x"}\t{"y'})
+    assert [line["code"] for line in read_lines(service) if line["path"] == "unknown"] == [404]
+
+
+def test_an_unforeseen_fault_is_an_answer_and_a_line_without_its_text(service: Service, database_url: str) -> None:
+    """A defect or a broken database is 500/500 for the caller, and is logged by kind and place only."""
+    _, key = make_user(database_url)
+    register(database_url, ["tx-1"])
+    run_on(database_url, lambda connection: connection.execute(text("drop table voice_update")))
+    answer = httpx.put(
+        service.base_url + UPDATE_PATH,
+        content=encode(make_body("tx-1", message="private")),
+        headers={"authorization": f"Bearer {key}"},
+    )
+    assert (answer.status_code, answer.json()) == (500, {"code": 500, "description": "Internal server error"})
+    assert answer.headers["retry-after"] == "1"
+    assert "private" not in service.log_text()
+    assert "update.not_recorded" in service.log_text()
+
+
+def test_health_and_readiness(service: Service, database_url: str) -> None:
+    """A live process is healthy; it is ready while its database is at the right schema, and says what is wrong else."""
+    health = httpx.get(f"{service.base_url}/healthz")
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
+    ready = httpx.get(f"{service.base_url}/readyz")
+    assert ready.json() == {"status": "ready", "database": "ready", "committer": "running"}
+    run_on(database_url, lambda connection: connection.execute(text("update alembic_version set version_num = 'x'")))
+    ready = httpx.get(f"{service.base_url}/readyz")
+    assert (ready.status_code, ready.json()["database"]) == (503, "schema outdated")
+    assert httpx.get(f"{service.base_url}/healthz").status_code == 200
+
+
+def test_a_database_that_goes_away_and_comes_back() -> None:
+    """While the server is away answers are 500 with Retry-After and readiness is red; both recover by themselves."""
+    with PostgreSQL() as server:
+        from conftest import migrate  # noqa: PLC0415 - one test's
+
+        url = server.create_database("voicetx")
+        migrate(url)
+        _, key = make_user(url)
+        register(url, ["tx-1"])
+        with Service(url) as service, httpx.Client(base_url=service.base_url, timeout=30) as client:
+
+            def send(message: str) -> httpx.Response:
+                content = encode(make_body("tx-1", message=message))
+                return client.put(UPDATE_PATH, content=content, headers={"authorization": f"Bearer {key}"})
+
+            assert send("before").status_code == 200
+            server.stop("immediate")
+            answer = send("meanwhile")
+            assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (500, 500, "1")
+            assert client.get("/readyz").status_code == 503
+            assert client.get("/healthz").status_code == 200
+            server.start()
+            wait_until(lambda: send("afterwards").status_code == 200, "Updates did not recover")
+            assert client.get("/readyz").status_code == 200
