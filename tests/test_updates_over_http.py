@@ -429,3 +429,19 @@ def test_keys_rotate_and_a_revocation_reaches_every_process(module_database_url:
         assert run_on(url, lambda c: auth.find_user(c, user.name)).key_slots == (1,)
         wait_until(lambda: {send(first) for _ in range(8)} == {401}, "The deleted key went on working")
         assert {send(second) for _ in range(8)} == {200}
+
+
+def test_processes_throttle_together(valkey_url: str, module_database_url: str, instance: Instance) -> None:
+    """Two processes that share a Redis let a user make as many calls together as its limit says."""
+    _, key = make_user(module_database_url, f"shared-{next_id()}", call_limit="40/day")
+    with Service(module_database_url, workers=2, environment={"VOICETX_REDIS_URL": valkey_url}) as service:
+
+        def send(_: int) -> int:
+            # A connection each, so that both processes are met.
+            headers = {"authorization": f"Bearer {key}"}
+            content = encode(make_body(next_id()))
+            return httpx.put(service.base_url + UPDATE_PATH, content=content, headers=headers).status_code
+
+        with ThreadPoolExecutor(8) as pool:
+            statuses = list(pool.map(send, range(60)))
+    assert sorted(statuses) == [200] * 40 + [429] * 20

@@ -98,6 +98,9 @@ async def update_transaction(request: Request) -> Response:
     return to_response(answer)
 
 
+# This route answers; the three after it are its documentation, one operation a method. It comes first, so that a
+# method that none of them has is told of all three.
+router.add_api_route(UPDATE_PATH, update_transaction, methods=list(UPDATE_METHODS), include_in_schema=False)
 for _method in UPDATE_METHODS:
     router.add_api_route(
         UPDATE_PATH,
