@@ -46,6 +46,7 @@ def test_every_request_has_a_line_and_no_line_has_a_secret(service: Service, dat
         client.get(f"/{private['a-party']}", headers={"x-request-id": "id-3"})
         token = client.post(TOKEN_PATH, params={"grant_type": "client_credentials"}, auth=(str(user.api_key_id), key))
         client.put(UPDATE_PATH, headers={"authorization": "Bearer vsk_guessed-secret"})
+    wait_until(lambda: sum(line["path"] != "/readyz" for line in read_lines(service)) == 6, "Lines are missing")
     lines = {str(line["request_id"]): line for line in read_lines(service)}
     assert [lines[f"id-{number}"]["code"] for number in range(4)] == [200, 499, 1001, 404]
     assert [lines[f"id-{number}"]["api_user"] for number in range(4)] == ["dialer", "dialer", "dialer", None]
@@ -62,6 +63,8 @@ def test_a_log_line_cannot_be_forged(service: Service) -> None:
     """Line breaks and quotes in what a client sends make no line of their own."""
     with httpx.Client(base_url=service.base_url) as client:
         client.put('/%0a{"event":"request","code":200}', headers={"x-request-id": 'x"}\t{"y'})
+    # The line is written after the answer is sent.
+    wait_until(lambda: any(line["path"] == "unknown" for line in read_lines(service)), "There was no line")
     assert [line["code"] for line in read_lines(service) if line["path"] == "unknown"] == [404]
 
 

@@ -48,7 +48,8 @@ def make_settings(**values: Any) -> Settings:
 @asynccontextmanager
 async def open_throttle(**values: Any) -> AsyncIterator[Throttle]:
     """Return a throttle and close it afterwards."""
-    throttle = Throttle(make_settings(**values))
+    # Patient with a Redis that is well but slow on a busy machine; tests of one that is not set it lower.
+    throttle = Throttle(make_settings(**({"redis_timeout_seconds": 5} | values)))
     try:
         yield throttle
     finally:

@@ -408,9 +408,11 @@ def test_unknown_ids_can_be_registered(database_url: str) -> None:
     assert (report.deployment_id, report.updates) == ("unassigned", 1)
 
 
-def test_keys_rotate_and_a_revocation_reaches_every_process(module_database_url: str, instance: Instance) -> None:
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_keys_rotate_and_a_revocation_reaches_every_process(database_url: str) -> None:
     """Two keys are valid at once; a deleted one is refused by every process soon after, its sibling goes on."""
-    url = module_database_url
+    url = database_url
+    register(url, ["tx-1"])
     user, first = make_user(url, f"rotating-{next_id()}")
     _, second = run_on(url, lambda connection: auth.add_key(connection, user))
     with Service(url, workers=2) as service:
@@ -419,7 +421,7 @@ def test_keys_rotate_and_a_revocation_reaches_every_process(module_database_url:
             # A connection each, so that both processes are met.
             answer = httpx.put(
                 service.base_url + UPDATE_PATH,
-                content=encode(make_body(next_id())),
+                content=encode(make_body("tx-1")),
                 headers={"authorization": f"Bearer {key}"},
             )
             return answer.status_code
@@ -431,15 +433,18 @@ def test_keys_rotate_and_a_revocation_reaches_every_process(module_database_url:
         assert {send(second) for _ in range(8)} == {200}
 
 
-def test_processes_throttle_together(valkey_url: str, module_database_url: str, instance: Instance) -> None:
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_processes_throttle_together(valkey_url: str, database_url: str) -> None:
     """Two processes that share a Redis let a user make as many calls together as its limit says."""
-    _, key = make_user(module_database_url, f"shared-{next_id()}", call_limit="40/day")
-    with Service(module_database_url, workers=2, environment={"VOICETX_REDIS_URL": valkey_url}) as service:
+    register(database_url, ["tx-1"])
+    _, key = make_user(database_url, call_limit="40/day")
+    shared = {"VOICETX_REDIS_URL": valkey_url, "VOICETX_REDIS_TIMEOUT_SECONDS": "5"}
+    with Service(database_url, workers=2, environment=shared) as service:
 
         def send(_: int) -> int:
             # A connection each, so that both processes are met.
             headers = {"authorization": f"Bearer {key}"}
-            content = encode(make_body(next_id()))
+            content = encode(make_body("tx-1"))
             return httpx.put(service.base_url + UPDATE_PATH, content=content, headers=headers).status_code
 
         with ThreadPoolExecutor(8) as pool:
