@@ -25,20 +25,24 @@ def configure_logging(log_format: LogFormat) -> None:
         describe_exception,
     ]
     if log_format is LogFormat.JSON:
-        renderer: Processor = structlog.processors.JSONRenderer(serializer=_dump)
+        lines: Processor = structlog.processors.JSONRenderer(serializer=orjson.dumps, default=repr)
+        # Bytes, written at once: a request's line is on the way of every update.
+        factory: Any = structlog.BytesLoggerFactory(sys.stdout.buffer)
+        foreign: Processor = structlog.processors.JSONRenderer(serializer=_dump_text)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
+        lines = foreign = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
+        factory = structlog.PrintLoggerFactory(sys.stdout)
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*shared, lines],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=factory,
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, foreign],
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
@@ -77,5 +81,5 @@ def _describe(exception: BaseException) -> dict[str, Any]:
     }
 
 
-def _dump(line: EventDict, **_: object) -> str:
+def _dump_text(line: EventDict, **_: object) -> str:
     return orjson.dumps(line, default=repr).decode()
