@@ -309,6 +309,10 @@ def test_demo_prints_a_curl_line_that_works_and_finds_what_is_there(tmp_path: Pa
             answer = subprocess.run(["sh", "-c", curl[0]], capture_output=True, check=True).stdout
             assert json.loads(answer) == {"transaction-id": "demo-001"}
             assert f"http://127.0.0.1:{port}/docs" in log.read_text()
+            see = re.search(r"VOICETX_DATABASE_URL=.*", log.read_text())
+            assert see is not None
+            shown = subprocess.run(["sh", "-c", see[0]], capture_output=True, check=True).stdout
+            assert b"call-state          5" in shown
         finally:
             demo.terminate()
             demo.wait()

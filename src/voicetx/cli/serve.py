@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -73,6 +75,7 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
     )
     if announce is not None:
         host, port = listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - what was bound, for people
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     server = uvicorn.Server(config)
     with listener:
@@ -109,14 +112,14 @@ def demo(
     os.environ.setdefault("VOICETX_LOG_FORMAT", LogFormat.TEXT)
     given = {"host": host, "port": port}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    secret_key = _make_demo(directory / "secret-key")
-    _run(settings, lambda address: typer.echo(_describe_demo(address, secret_key)))
+    api_key_id, secret_key = _make_demo(directory / "secret-key")
+    _run(settings, lambda address: typer.echo(_describe_demo(address, api_key_id, secret_key)))
 
 
-def _make_demo(key_file: Path) -> str:
-    """Return the secret key of the demonstration's API user, which is made with all else where it is missing."""
+def _make_demo(key_file: Path) -> tuple[str, str]:
+    """Return the key id and secret key of the demonstration's API user; what is missing of all that is made."""
 
-    def work(connection: Connection) -> str | None:
+    def work(connection: Connection) -> tuple[str, str | None]:
         try:
             deployments.find_deployment(connection, _DEMO_NAME)
         except DeploymentError:
@@ -127,31 +130,38 @@ def _make_demo(key_file: Path) -> str:
         try:
             user = auth.find_user(connection, _DEMO_NAME)
         except AdministrationError:
-            return auth.add_user(connection, _DEMO_NAME, list(Grant))[1]
+            user, secret_key = auth.add_user(connection, _DEMO_NAME, list(Grant))
+            return str(user.api_key_id), secret_key
         if key_file.exists():
-            return None
+            return str(user.api_key_id), None
         # Its key is lost: only a digest of it was kept. Make room for a new one.
         for slot in reversed(user.key_slots):
             auth.delete_key(connection, user, slot)
-        return auth.add_key(connection, auth.find_user(connection, _DEMO_NAME))[1]
+        return str(user.api_key_id), auth.add_key(connection, auth.find_user(connection, _DEMO_NAME))[1]
 
-    made = write(work)
+    api_key_id, made = write(work)
     if made is None:
-        return key_file.read_text(encoding="ascii").strip()
+        return api_key_id, key_file.read_text(encoding="ascii").strip()
     key_file.touch(mode=0o600)
     key_file.write_text(made + "\n", encoding="ascii")
-    return made
+    return api_key_id, made
 
 
-def _describe_demo(address: str, secret_key: str) -> str:
+def _describe_demo(address: str, api_key_id: str, secret_key: str) -> str:
     headers = f"-H 'authorization: Bearer {secret_key}' -H 'content-type: application/json'"
     curl = f"curl -X PUT {address}{UPDATE_PATH} {headers} -d '{_DEMO_BODY}'"
+    program = "voicetx" if shutil.which("voicetx") else Path(sys.executable).with_name("voicetx")
+    show = f"VOICETX_DATABASE_URL={os.environ['VOICETX_DATABASE_URL']} {program} transaction show demo-001"
     return f"""
 voicetx is at {address}
 
   documentation   {address}/docs
+  API key id      {api_key_id}
+  secret key      {secret_key}
+
   report a call   {curl}
-  see it          .venv/bin/voicetx transaction show demo-001
+
+  see it          {show}
 """
 
 
