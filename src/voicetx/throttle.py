@@ -3,6 +3,10 @@
 Third step of an update, after authentication and before its body is read. Calls are counted by authenticated API user,
 never by anything that a stranger can invent. slowapi's `Limiter` holds the default limit and the local store, and its
 exception is what is raised; the check is ours (docs/decisions/0009-slowapi.md). Source: contract, sections 3 and 4.
+
+A window begins at a whole multiple of its length since 1970, and its number is part of the store's key: so every
+process knows by itself when it ends. The clocks of hosts that count together should agree: one that is off counts in
+another window for as long.
 """
 
 import asyncio
@@ -14,18 +18,23 @@ from ipaddress import IPv6Address, ip_address
 from math import ceil
 
 import structlog
-from limits import RateLimitItem, parse
+from limits import parse
 from limits.aio.storage import RedisStorage
-from redis.asyncio import ConnectionPool
-from redis.exceptions import RedisError
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from slowapi import Limiter
 from slowapi.errors import RateLimitExceeded
-from slowapi.wrappers import Limit, LimitGroup
+from slowapi.wrappers import Limit
 from starlette.requests import Request
 
 from voicetx.settings import Settings
 
 _LEASES_IN_A_WINDOW = 50
+_REDIS_CONNECTIONS = 16
+_KEPT_AFTER_WINDOW_SECONDS = 60  # a count outlives its window, for who asks at its very end or by a slow clock
+_ADDRESSES_MOST = 100_000
+_ADDRESS_MOST_CHARACTERS = 64
 _IPV6_NETWORK_BITS = 64  # what one subscriber is given: counting single addresses of it would count nothing
 
 _log = structlog.get_logger(__name__)
@@ -40,69 +49,99 @@ class ThrottleReached(RateLimitExceeded):
 
 
 @dataclass(slots=True)
-class _Lease:
-    """Calls of one user in one window that were counted in the store and are not made yet."""
+class _Waiting:
+    """A call that Redis has to decide on."""
 
+    cost: int
+    decision: asyncio.Future[None]
+
+
+@dataclass(slots=True)
+class _Lease:
+    """Calls of one user in one window that were counted in a store and are not made yet."""
+
+    user: str
+    limit: Limit
+    length_seconds: int
+    size: int
     window: int = -1
     left: int = 0
+    granted: int = 0
     is_exhausted: bool = False
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    is_local: bool = False  # counted here alone, because Redis is away
+    waiting: list[_Waiting] = field(default_factory=list)
+    asking: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of this window's count in a store."""
+        key: str = self.limit.limit.key_for(self.user, str(self.window))
+        return key
+
+    @property
+    def ends_at(self) -> float:
+        """When this window ends, in seconds since 1970."""
+        return (self.window + 1) * self.length_seconds
+
+    def find_window(self) -> int:
+        """Return the number of the window that it is now."""
+        return int(time.time() // self.length_seconds)
 
     def enter(self, window: int) -> None:
-        """Forget what was leased for an earlier window."""
+        """Forget what was leased for another window."""
         if self.window != window:
-            self.window, self.left, self.is_exhausted = window, 0, False
+            self.window, self.left, self.granted, self.is_exhausted, self.is_local = window, 0, 0, False, False
 
-    def spend(self, cost: int) -> bool:
-        if self.left < cost:
-            return False
-        self.left -= cost
-        return True
+    def add(self, asked: int, counted: int, *, is_local: bool) -> None:
+        """Take what the store grants: it counted `asked` more, and stands at `counted` now.
 
-    def add(self, asked: int, counted: int, amount: int) -> None:
-        """Take what the store grants: it counted `asked` more, and stands at `counted` now."""
-        granted = min(asked, max(0, amount - (counted - asked)))
+        A store that has forgotten, or another one, grants no more than is left of what was granted here.
+        """
+        used = max(counted - asked, self.granted)
+        granted = min(asked, max(0, self.limit.limit.amount - used))
         self.left += granted
+        self.granted += granted
         self.is_exhausted = granted < asked
-
-
-def _name_user(request: Request) -> str:
-    return str(request.state.api_user.api_key_id)
-
-
-@lru_cache(maxsize=1024)
-def _parse(limit: str) -> RateLimitItem:
-    return parse(limit)
+        self.is_local = is_local
 
 
 class Throttle:
-    """Counts calls in windows that begin at whole multiples of their length since 1970.
+    """Counts calls and failed sign-ins; one a process, closed with `close`.
 
-    Calls are taken from the store some at a time (a lease: one fiftieth of the limit, at least one) and spent here.
-    Without Redis the store is this process's memory. With Redis all processes count together: a limit is never
-    exceeded, limits below 100 are exact, and a larger one may be reached early by what the other processes hold
-    leased. While Redis is away each process counts for itself; `fallbacks` says how many calls were so decided.
+    Calls are taken from the store some at a time (a lease: one fiftieth of the limit, at least one, or as many as wait
+    for it) and spent here. Without Redis the store is this process's memory, and limits are exact. With Redis all
+    processes count together: a limit is never exceeded, limits below 100 are exact, and a larger one may be reached
+    early by what the other processes hold leased, a fiftieth of it each. While Redis is away each process counts for
+    itself, and still admits no more than the limit; `fallbacks` is the number of calls that were so decided.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._limiter = Limiter(key_func=_name_user, default_limits=[settings.throttle], storage_uri="memory://")
         self._default = settings.throttle
-        self._sign_in = _parse(settings.sign_in_throttle)
         self._leases: dict[tuple[str, str], _Lease] = {}
+        self._sign_in_limit = _read_limit(settings.sign_in_throttle)
+        self._sign_in_window = -1
+        self._failed_sign_ins: dict[str, int] = {}
         self._timeout_seconds = settings.redis_timeout_seconds
         self._retry_seconds = settings.redis_retry_seconds
-        self._away_until = 0.0
         self._is_away = False
+        self._away_until = 0.0
         self.fallbacks = 0
-        self._pool: ConnectionPool | None = None
+        self._pool: BlockingConnectionPool | None = None
         self._redis: RedisStorage | None = None
         if settings.redis_url is not None:
-            url = settings.redis_url.get_secret_value()
-            self._pool = ConnectionPool.from_url(
-                url, socket_timeout=self._timeout_seconds, socket_connect_timeout=self._timeout_seconds
+            # Blocking: the ordinary pool fails a burst of more than its hundred, which would pass for Redis being away.
+            # One retry: so would an idle connection that was cut, by a restart or by whatever is in between.
+            self._pool = BlockingConnectionPool.from_url(
+                settings.redis_url.get_secret_value(),
+                max_connections=_REDIS_CONNECTIONS,
+                timeout=self._timeout_seconds,
+                retry=Retry(NoBackoff(), 1),
+                socket_timeout=self._timeout_seconds,
+                socket_connect_timeout=self._timeout_seconds,
             )
             self._redis = RedisStorage(
-                f"async+{url}",
+                "async+redis://",  # which server is the pool's business
                 implementation="redispy",
                 connection_pool=self._pool,  # type: ignore[arg-type]  # documented, but not in limits' annotation
             )
@@ -110,109 +149,139 @@ class Throttle:
     def admit(self, user: str, limit: str | None, cost: int = 1) -> Awaitable[None] | None:
         """Count `cost` calls of a user under its own limit, or the default where that is None.
 
-        Returns None where the calls are admitted, or an awaitable where Redis has to be asked first. Raises
-        `ThrottleReached`, here or when awaited.
+        Returns None where the calls are admitted, or, on the event loop and with Redis only, an awaitable where it has
+        to be asked first: at most twice the Redis timeout, however it fares. Raises `ThrottleReached`, here or when
+        awaited. A refused call counts for nothing.
         """
-        text = limit or self._default
-        lease = self._leases.get((user, text))
-        if lease is None:
-            lease = self._leases[user, text] = _Lease()
-        item = _parse(text)
-        length = item.get_expiry()
-        window = int(time.time() // length)
-        lease.enter(window)
-        if lease.spend(cost):
-            return None
-        if lease.is_exhausted:
-            raise self._reached(text, (window + 1) * length)
-        if self._redis is not None and time.monotonic() >= self._away_until:
-            return self._admit_by_redis(self._redis, user, text, lease, cost)
-        if self._redis is not None:
-            self.fallbacks += 1
-        self._admit_locally(user, text, lease, cost)
+        lease = self._find_lease(user, self._default if limit is None else limit)
+        lease.enter(lease.find_window())
+        if lease.left < cost and not lease.is_exhausted and self._redis is not None and self._may_ask_redis():
+            call = _Waiting(cost, asyncio.get_running_loop().create_future())
+            lease.waiting.append(call)
+            if lease.asking is None:
+                lease.asking = asyncio.create_task(self._ask(self._redis, lease))
+            return call.decision
+        self._decide(lease, cost)
         return None
 
     def check_sign_in(self, address: str) -> None:
-        """Raise `ThrottleReached` for an address that has had as many failed sign-ins as it may."""
-        strategy, key = self._limiter.limiter, _name_network(address)
-        if not strategy.test(self._sign_in, "sign-in", key):
-            reset_at = strategy.get_window_stats(self._sign_in, "sign-in", key).reset_time
-            raise ThrottleReached(_wrap(str(self._sign_in)), max(1, ceil(reset_at - time.time())))
+        """Raise `ThrottleReached` for an address that has had as many failed sign-ins in this process as it may."""
+        if self._count_by_network().get(_name_network(address), 0) >= self._sign_in_limit.limit.amount:
+            raise _refuse(self._sign_in_limit, (self._sign_in_window + 1) * self._sign_in_limit.limit.get_expiry())
 
     def count_failed_sign_in(self, address: str) -> None:
-        """Count a failed sign-in of an address; an IPv6 address counts for its /64."""
-        self._limiter.limiter.hit(self._sign_in, "sign-in", _name_network(address))
+        """Count a failed sign-in of an address; an IPv6 address counts for its /64, a name for itself."""
+        counts, network = self._count_by_network(), _name_network(address)
+        if len(counts) >= _ADDRESSES_MOST:
+            # Who commands that many addresses is not held up by counting them; memory has to be bounded.
+            counts.clear()
+        counts[network] = counts.get(network, 0) + 1
 
     async def close(self) -> None:
-        """Close the connections to Redis."""
+        """Close the connections to Redis, once the calls that wait for it are decided."""
+        await asyncio.gather(*(lease.asking for lease in self._leases.values() if lease.asking is not None))
         if self._pool is not None:
-            await self._pool.disconnect()
+            await self._pool.aclose()
 
-    def _admit_locally(self, user: str, text: str, lease: _Lease, cost: int) -> None:
-        item = _parse(text)
-        asked = _size_lease(item, cost)
-        key = item.key_for(user, str(lease.window))
-        lease.add(asked, self._limiter.limiter.storage.incr(key, item.get_expiry(), amount=asked), item.amount)
-        if not lease.spend(cost):
-            raise self._reached(text, (lease.window + 1) * item.get_expiry())
+    def _find_lease(self, user: str, text: str) -> _Lease:
+        # As many as there are API users: they are few, and strangers make none.
+        lease = self._leases.get((user, text))
+        if lease is None:
+            limit = _read_limit(text)
+            size = max(1, limit.limit.amount // _LEASES_IN_A_WINDOW)
+            lease = self._leases[user, text] = _Lease(user, limit, limit.limit.get_expiry(), size)
+        return lease
 
-    async def _admit_by_redis(self, redis: RedisStorage, user: str, text: str, lease: _Lease, cost: int) -> None:
-        item = _parse(text)
-        length = item.get_expiry()
-        async with lease.asking:
-            # Whoever held the lock before may have leased enough for us, found the end, or found Redis away.
-            window = int(time.time() // length)
-            lease.enter(window)
-            if lease.spend(cost):
-                return
-            ends_at = (window + 1) * length
-            if lease.is_exhausted:
-                raise self._reached(text, ends_at)
-            if time.monotonic() >= self._away_until:
-                asked = _size_lease(item, cost)
-                if self._is_away:
-                    # One call asks whether Redis is back; meanwhile the others go on locally.
-                    self._away_until = time.monotonic() + self._retry_seconds
+    def _count_by_network(self) -> dict[str, int]:
+        # Not in the memory store of limits: that scans all its keys, in a thread, after every hit: at 100,000 addresses
+        # two fifths of a core. One window's counts are dropped at once instead.
+        window = int(time.time() // self._sign_in_limit.limit.get_expiry())
+        if window != self._sign_in_window:
+            self._sign_in_window = window
+            self._failed_sign_ins.clear()
+        return self._failed_sign_ins
+
+    def _decide(self, lease: _Lease, cost: int) -> None:
+        """Spend from the lease, topped up from the local store where it can be, or raise `ThrottleReached`."""
+        if lease.left < cost and not lease.is_exhausted:
+            asked = max(cost, lease.size)
+            counted = self._limiter.limiter.storage.incr(lease.key, lease.length_seconds, amount=asked)
+            lease.add(asked, counted, is_local=self._redis is not None)
+        self.fallbacks += lease.is_local
+        if lease.left < cost:
+            raise _refuse(lease.limit, lease.ends_at)
+        lease.left -= cost
+
+    async def _ask(self, redis: RedisStorage, lease: _Lease) -> None:
+        """Decide on all calls that wait for a lease; those that come in meanwhile share the next question."""
+        batch: list[_Waiting] = []
+        try:
+            while lease.waiting:
+                batch, lease.waiting = lease.waiting, []
+                window = lease.find_window()
+                lease.enter(window)
+                asked = max(lease.size, sum(call.cost for call in batch))
                 try:
                     async with asyncio.timeout(self._timeout_seconds):
-                        counted = await redis.incr(item.key_for(user, str(window)), length, amount=asked)
-                except (RedisError, OSError) as error:  # TimeoutError is an OSError
+                        counted = await redis.incr(
+                            lease.key, lease.length_seconds + _KEPT_AFTER_WINDOW_SECONDS, amount=asked
+                        )
+                except Exception as error:  # noqa: BLE001 - whatever is wrong with Redis, calls are decided on here
                     self._note_away(error)
+                    batch += lease.waiting
+                    lease.waiting = []
+                    lease.enter(lease.find_window())
                 else:
                     self._note_back()
+                    # The window may have ended meanwhile; these calls were counted in it all the same.
                     lease.enter(window)
-                    lease.add(asked, counted, item.amount)
-                    if lease.spend(cost):
-                        return
-                    raise self._reached(text, ends_at)
-            self.fallbacks += 1
-            self._admit_locally(user, text, lease, cost)
+                    lease.add(asked, counted, is_local=False)
+                for call in batch:
+                    self._settle(lease, call)
+        finally:
+            # Undecided here are only those of a task that is cancelled, as at the end of the event loop.
+            for call in batch + lease.waiting:
+                call.decision.cancel()
+            lease.waiting, lease.asking = [], None
+
+    def _settle(self, lease: _Lease, call: _Waiting) -> None:
+        if call.decision.done():  # its caller has hung up
+            return
+        try:
+            self._decide(lease, call.cost)
+        except ThrottleReached as reached:
+            call.decision.set_exception(reached)
+        else:
+            call.decision.set_result(None)
+
+    def _may_ask_redis(self) -> bool:
+        if not self._is_away:
+            return True
+        now = time.monotonic()
+        if now < self._away_until:
+            return False
+        # This call asks whether Redis is back; the others don't wait for the answer.
+        self._away_until = now + self._retry_seconds
+        return True
 
     def _note_away(self, error: Exception) -> None:
         self._away_until = time.monotonic() + self._retry_seconds
         if not self._is_away:
             self._is_away = True
+            # The kind of error only: a server may quote in its text what it was sent, and that can be the password.
             _log.warning("throttle.redis_away", reason=type(error).__name__)
 
     def _note_back(self) -> None:
-        self._away_until = 0.0
         if self._is_away:
             self._is_away = False
-            _log.warning("throttle.redis_back", fallbacks=self.fallbacks)
-
-    @staticmethod
-    def _reached(text: str, ends_at: float) -> ThrottleReached:
-        return ThrottleReached(_wrap(text), max(1, ceil(ends_at - time.time())))
+            _log.info("throttle.redis_back", fallbacks=self.fallbacks)
 
 
-def _size_lease(item: RateLimitItem, cost: int) -> int:
-    return max(cost, item.amount // _LEASES_IN_A_WINDOW, 1)
-
-
-def _wrap(text: str) -> Limit:
-    """Return a limit as slowapi's exception carries it."""
-    group = LimitGroup(
-        text,
+@lru_cache(maxsize=1024)
+def _read_limit(text: str) -> Limit:
+    """Return a limit as slowapi's exception carries it; `limit` of it is what limits makes of the text."""
+    return Limit(
+        parse(text),
         _name_user,
         scope=None,
         per_method=False,
@@ -222,15 +291,23 @@ def _wrap(text: str) -> Limit:
         cost=1,
         override_defaults=False,
     )
-    limit: Limit = next(iter(group))
-    return limit
+
+
+def _name_user(request: Request) -> str:
+    return str(request.state.api_user.api_key_id)
+
+
+def _refuse(limit: Limit, ends_at: float) -> ThrottleReached:
+    return ThrottleReached(limit, max(1, ceil(ends_at - time.time())))
 
 
 def _name_network(address: str) -> str:
     try:
         parsed = ip_address(address)
     except ValueError:
+        return address[:_ADDRESS_MOST_CHARACTERS]
+    if not isinstance(parsed, IPv6Address):
         return address
-    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
-        return str(IPv6Address(int(parsed) >> _IPV6_NETWORK_BITS << _IPV6_NETWORK_BITS))
-    return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(IPv6Address(int(parsed) >> _IPV6_NETWORK_BITS << _IPV6_NETWORK_BITS))
