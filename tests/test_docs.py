@@ -1,0 +1,193 @@
+"""The documentation: what README.md and docs/ say of the code is held to the code.
+
+The settings' table is held by test_settings.py, the Postman page by test_postman.py.
+"""
+
+import ast
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from voicetx.cli import app
+from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, parse
+from voicetx.errors import Refusal
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "src" / "voicetx"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    page
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("postman/*.md"), *ROOT.glob("bench/*.md"))
+)
+
+
+def name_page(page: Path) -> str:
+    """Return how a page is called in a test's id."""
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_page)
+
+
+def read_code(page: Path) -> list[str]:
+    """Return what a page shows as code: spans between backticks, and the lines of its blocks."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    blocks = [match[1].splitlines() for match in re.finditer(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks.append(re.findall(r"^(?: {4}|\t)(.+)$", text, re.MULTILINE))
+    return [*re.findall(r"`([^`\n]+)`", text), *(line.strip() for block in blocks for line in block)]
+
+
+def read_section(text: str, heading: str) -> str:
+    """Return what stands below a heading of the second level."""
+    return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def split_words(line: str) -> list[str]:
+    """Return the words of a line as a shell would, comments left out, or none of a line that is no command."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:
+        return []
+
+
+def find_commands(page: Path) -> Iterator[list[str]]:
+    """Return the arguments of each `voicetx` command that a page shows."""
+    for line in read_code(page):
+        words = split_words(line)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        if words[:2] == ["docker", "exec"] or words[:3] == ["docker", "compose", "exec"]:
+            words = words[words.index("voicetx") + 1 :]
+        if words and words[0] in {"voicetx", ".venv/bin/voicetx"}:
+            yield words[1:]
+
+
+def check_command(arguments: list[str]) -> str | None:
+    """Return what is wrong with a command line, or None."""
+    command = get_command(app)
+    words = list(arguments)
+    while isinstance(command, TyperGroup) and words:
+        name = words.pop(0)
+        if name not in command.commands:
+            return f"no command {name}"
+        command = command.commands[name]
+    options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    for word in words:
+        if word.startswith("--") and word not in options:
+            return f"no option {word}"
+    return None
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [("README.md", "Answers"), ("docs/contract.md", "3. Answers")],
+    ids=["README", "contract"],
+)
+def test_the_table_of_answers_is_the_codes(page: str, heading: str) -> None:
+    """The page's table has exactly the rows of `Refusal`: status, code and description, verbatim."""
+    section = read_section((ROOT / page).read_text(encoding="utf-8"), heading)
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*?) \| .*\|$", section, re.MULTILINE)
+    found = [(int(status), int(code), description) for status, code, description in rows]
+    assert sorted(found) == sorted((refusal.status, refusal.code, refusal.description) for refusal in Refusal)
+
+
+@every_page
+def test_every_relative_link_resolves(page: Path) -> None:
+    """Each link to a file of this repository leads to one that git keeps, or that is about to be added."""
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))]
+    missing = [
+        target for target in targets if target and "://" not in target and not (page.parent / target).resolve().exists()
+    ]
+    assert not missing
+
+
+def test_there_are_pages_commands_and_links() -> None:
+    """The tests of this module find what they are to judge."""
+    assert {"README.md", "CHANGELOG.md", "docs/contract.md", "docs/operations.md"} <= {
+        name_page(page) for page in PAGES
+    }
+    assert "](docs/contract.md)" in README
+    commands = [" ".join(arguments[:2]) for arguments in find_commands(ROOT / "README.md")]
+    assert {"serve --host", "user add", "transaction show", "db upgrade"} <= set(commands)
+
+
+@every_page
+def test_every_command_exists(page: Path) -> None:
+    """Each `voicetx ...` that a page shows is a command of the program, and its options are that command's."""
+    wrong = [(arguments, fault) for arguments in find_commands(page) if (fault := check_command(arguments))]
+    assert not wrong
+
+
+def test_the_readme_names_every_command() -> None:
+    """README's table of the command line has every command of the program."""
+    program = get_command(app)
+    assert isinstance(program, TyperGroup)
+    names: set[str] = set()
+    for name, command in program.commands.items():
+        names |= {f"{name} {below}" for below in command.commands} if isinstance(command, TyperGroup) else {name}
+    tabled = re.findall(r"`voicetx ([^`]+)`", read_section(README, "The command line"))
+    assert set(tabled) == names
+
+
+@every_page
+def test_every_make_target_exists(page: Path) -> None:
+    """Each `make ...` that a page shows is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    lines = [split_words(line) for line in read_code(page)]
+    named = {words[1] for words in lines if len(words) > 1 and words[0] == "make"}
+    assert not named - targets
+
+
+def test_the_readmes_curl_line_is_an_update() -> None:
+    """README's curl line goes to the update path, with one of its methods and a body that the contract accepts."""
+    (line,) = [line for line in read_code(ROOT / "README.md") if line.startswith("curl -X")]
+    words = shlex.split(line)
+    assert words[2] in UPDATE_METHODS
+    assert words[3].endswith(f":8000{UPDATE_PATH}")
+    assert parse(words[words.index("-d") + 1].encode()).transaction_id == "demo-001"
+
+
+def test_the_readme_says_where_the_code_is() -> None:
+    """README's table of modules names every module that holds code, and none that does not exist."""
+    tabled = set(re.findall(r"`([\w/]+\.py)`", read_section(README, "Where the code is")))
+    modules = {str(path.relative_to(SOURCES)): path for path in SOURCES.rglob("*.py")}
+    assert not tabled - modules.keys()
+    # A package's file that holds a docstring only is no place to look for anything.
+    holding = {name for name, path in modules.items() if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1}
+    assert not holding - tabled
+
+
+def test_decisions_are_numbered() -> None:
+    """Decisions are numbered without a gap, each with its number in its title and a status at its end."""
+    decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    for number, decision in enumerate(decisions, start=1):
+        text = decision.read_text(encoding="utf-8")
+        assert decision.name.startswith(f"{number:04}-")
+        assert text.startswith(f"# {number}. ")
+        assert re.search(r"^Status: (accepted|superseded)", text, re.MULTILINE)
+
+
+def test_what_the_code_cites_exists() -> None:
+    """Each page of docs/ that the code, the tests and the other files cite is there, and so is each section."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.toml", "*.yaml", "Makefile"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    texts = [path.read_text(encoding="utf-8") for name in listed.stdout.split() if (path := ROOT / name).exists()]
+    cited = {name for text in texts for name in re.findall(r"docs/[\w/-]+\.md", text)}
+    assert "docs/decisions/0003-inconsistent.md" in cited
+    assert not [name for name in cited if not (ROOT / name).exists()]
+    sections = {number for text in texts for number in re.findall(r"[Cc]ontract,? sections? (\d)", text)}
+    contract = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
+    headings = set(re.findall(r"^## (\d)\. ", contract, re.MULTILINE))
+    assert {"3", "5"} <= sections <= headings
