@@ -5,6 +5,7 @@ Source: docs/contract.md, section 5.
 """
 
 import time
+from asyncio import Future
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from uuid import UUID
@@ -77,19 +78,34 @@ class Recorder:
 
         Raises `Rejected`: 1010 for a transaction id that nobody registered, 500 where the store did not take it.
         """
-        received = Received(update, api_key_id, time.time_ns() // 1_000_000)
         try:
-            outcome = await self._committer.submit(received)
-        except (QueueFull, Closed, CommitTimeout, StoreUnavailable) as error:
-            _log.warning("update.not_recorded", reason=type(error).__name__, cause=str(error))
-            raise Rejected(Refusal.INTERNAL, retry_after_seconds=_RETRY_AFTER_SECONDS) from error
-        except ValueRefused as error:
-            # A retry would not help, and none is suggested.
-            _log.error("update.refused_by_database", cause=str(error))
-            raise Rejected(Refusal.INTERNAL) from error
+            outcome = await self.submit(update, api_key_id)
+        except Exception as error:
+            raise self.explain(error) from error
         if outcome is Outcome.UNKNOWN:
             raise Rejected(Refusal.NOT_PROCESSED)
         return outcome
+
+    def submit(self, update: Update, api_key_id: UUID) -> Future[Outcome]:
+        """Have an update recorded together with others; the future tells its outcome, UNKNOWN included.
+
+        Raises, here or from the future, what `explain` understands.
+        """
+        return self._committer.submit(Received(update, api_key_id, time.time_ns() // 1_000_000))
+
+    @staticmethod
+    def explain(error: Exception) -> Exception:
+        """Return the refusal that a failure to record means; what nobody foresaw is returned as it is."""
+        match error:
+            case QueueFull() | Closed() | CommitTimeout() | StoreUnavailable():
+                _log.warning("update.not_recorded", reason=type(error).__name__, cause=str(error))
+                return Rejected(Refusal.INTERNAL, retry_after_seconds=_RETRY_AFTER_SECONDS)
+            case ValueRefused():
+                # A retry would not help, and none is suggested.
+                _log.error("update.refused_by_database", cause=str(error))
+                return Rejected(Refusal.INTERNAL)
+            case _:
+                return error
 
     async def _commit(self, batch: Sequence[Received]) -> list[Outcome]:
         return await self._store.write(

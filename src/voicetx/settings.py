@@ -101,6 +101,10 @@ class Settings(BaseSettings):
     )
     timezone: TimeZone = Field("UTC", description="The time zone of API users who have none of their own.")
     body_limit_bytes: int = Field(65_536, ge=1_024, le=16_777_216, description="The largest request body accepted.")
+    bulk_limit_bytes: int = Field(
+        67_108_864, ge=1_024, le=1_073_741_824, description="The largest body of many updates accepted."
+    )
+    bulk_limit_lines: int = Field(100_000, ge=1, le=1_000_000, description="How many updates a body of many may hold.")
     body_timeout_seconds: float = Field(
         30.0, ge=0.1, le=600, description="How long a client may take to send its body."
     )

@@ -97,6 +97,28 @@ def describe_update_answers() -> dict[int | str, dict[str, Any]]:
     return responses
 
 
+def describe_bulk_answers() -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's `responses` of the endpoint for many updates: the answers to the request as a whole."""
+    responses = describe_answers(
+        Refusal.NOT_GRANTED,
+        Refusal.NOT_SIGNED_IN,
+        Refusal.METHOD_NOT_SUPPORTED,
+        Refusal.BODY_TOO_SLOW,
+        Refusal.BODY_TOO_LARGE,
+        Refusal.INTERNAL,
+    )
+    lines = [
+        {"line": 1, "transaction-id": "demo-001"},
+        {"line": 2, **orjson.loads(render_refusal(Refusal.FIELD_MISSING, _FAULTS[Refusal.FIELD_MISSING]))},
+        {"line": 3, **orjson.loads(render_refusal(Refusal.THROTTLED)), "retry-after": 1},
+    ]
+    responses[200] = {
+        "description": "the contract's answer to each line, in order, with its line number; blank lines have none",
+        "content": {"application/x-ndjson": {"example": b"\n".join(map(orjson.dumps, lines)).decode()}},
+    }
+    return responses
+
+
 def _example(model: type[UpdateBody]) -> Any:
     return model.model_json_schema()["example"]
 
@@ -119,6 +141,21 @@ UPDATE_REQUEST: dict[str, Any] = {
     },
 }
 """The part of an operation that FastAPI cannot know of a route that reads its own bytes."""
+
+
+BULK_REQUEST: dict[str, Any] = {
+    "security": [{"bearer": []}],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/x-ndjson": {
+                "schema": {"type": "string", "description": "an update's body on each line"},
+                "example": b"\n".join(orjson.dumps(_example(model)) for model in (UpdateBody, TromboneBody)).decode(),
+            }
+        },
+    },
+}
+"""The same of the endpoint for many updates."""
 
 
 def complete_openapi(app: FastAPI) -> None:

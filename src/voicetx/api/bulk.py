@@ -1,0 +1,178 @@
+"""Many updates in one request: what a dialer that was cut off, or a program that moves a campaign, sends.
+
+The body is NDJSON, one update of the contract on each line; the answer is NDJSON, the contract's answer to each line in
+order, with its number. A line goes the way of a single update, from the throttle on: the same rules, the same group
+commit, the same promise. Lines are taken as they stream in; the answers are sent once the body is read, for a client
+that sends before it listens would otherwise wait for us as we for it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from starlette.types import Receive, Scope
+
+from voicetx.api.answers import Answer, ClientGone, answer_error, note_for_log, render_refusal, to_rejected, to_response
+from voicetx.api.bodies import read_chunks
+from voicetx.api.openapi import BULK_REQUEST, describe_bulk_answers
+from voicetx.api.updates import require_grant, sign_in
+from voicetx.auth import ApiUser, Grant
+from voicetx.contract import parse
+from voicetx.errors import Refusal, Rejected
+from voicetx.recording import Outcome, Recorder
+from voicetx.services import Services
+
+BULK_PATH = "/api/v1/updates"
+
+_NDJSON = ((b"content-type", b"application/x-ndjson"),)
+_LINES_A_TURN = 64  # then others have theirs: single updates must not wait for a whole chunk
+_TURNS_AHEAD = 32
+
+router = APIRouter(tags=["Updates"])
+
+
+@router.post(
+    BULK_PATH,
+    operation_id="update_transactions",
+    summary="Report what became of many calls",
+    responses=describe_bulk_answers(),
+    openapi_extra=BULK_REQUEST,
+)
+async def update_transactions(request: Request) -> Response:
+    """Send many updates, one on each line (NDJSON), and get the contract's answer to each, with its line number.
+
+    Each line is an update by itself: those that are refused change nothing for the others. A line that is answered with
+    a `retry-after` may be sent again after so many seconds; sending any line twice is safe.
+    """
+    services: Services = request.app.state.services
+    user: ApiUser | None = None
+    try:
+        user = await sign_in(services, request.scope)
+        require_grant(user, Grant.TRANSACTIONS_UPDATE)
+        answer = await answer_bulk(services, user, request.scope, request.receive)
+    except ClientGone:
+        raise
+    except Exception as error:  # noqa: BLE001 - each becomes its answer, and the unforeseen ones a log line too
+        answer = answer_error(error)
+    note_for_log(request.scope, code=answer.code, user=user)
+    return to_response(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line's number, and its text; None where it was too long to be kept."""
+
+    number: int
+    text: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A line whose answer is a commit away."""
+
+    number: int
+    transaction_id: str
+    outcome: "asyncio.Future[Outcome]"
+
+
+async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: Receive) -> Answer:
+    """Record every line of a body and answer each; `Rejected` (413, 408) and `ClientGone` are raised before any answer.
+
+    What was recorded before a body turned out too large, too slow or cut off stays recorded; a repeat is recognised.
+    """
+    settings = services.settings
+    answers: list[bytes | _Pending] = []
+    unfinished: list[_Pending] = []
+    chunks = read_chunks(
+        scope, receive, limit_bytes=settings.bulk_limit_bytes, timeout_seconds=settings.body_timeout_seconds
+    )
+    async for line in _split_lines(chunks, settings.body_limit_bytes):
+        if line.number > settings.bulk_limit_lines:
+            raise Rejected(Refusal.BODY_TOO_LARGE)
+        answer = await _take_line(services, user, line)
+        answers.append(answer)
+        if isinstance(answer, _Pending):
+            unfinished.append(answer)
+            if len(unfinished) % _LINES_A_TURN == 0:
+                await asyncio.sleep(0)
+            if len(unfinished) >= _LINES_A_TURN * _TURNS_AHEAD:
+                await asyncio.wait([pending.outcome for pending in unfinished[: len(unfinished) // 2]])
+                unfinished = unfinished[len(unfinished) // 2 :]
+    if unfinished:
+        await asyncio.wait([pending.outcome for pending in unfinished])
+    lines = (answer if isinstance(answer, bytes) else _conclude(answer) for answer in answers)
+    return Answer(200, 200, b"".join(lines), _NDJSON)
+
+
+async def _take_line(services: Services, user: ApiUser, line: _Line) -> bytes | _Pending:
+    try:
+        if (admission := services.throttle.admit(str(user.api_key_id), user.call_limit)) is not None:
+            await admission
+        if line.text is None:
+            return _refuse(line.number, Rejected(Refusal.BODY_TOO_LARGE))
+        update = parse(line.text)
+        outcome = services.recorder.submit(update, user.api_key_id)
+    except Exception as error:  # noqa: BLE001 - each becomes its line's answer
+        return _refuse(line.number, Recorder.explain(error))
+    return _Pending(line.number, update.transaction_id, outcome)
+
+
+def _conclude(pending: _Pending) -> bytes:
+    error = pending.outcome.exception()
+    if isinstance(error, Exception):
+        return _refuse(pending.number, Recorder.explain(error))
+    if pending.outcome.result() is Outcome.UNKNOWN:
+        return _refuse(pending.number, Rejected(Refusal.NOT_PROCESSED))
+    return b'{"line":%d,"transaction-id":%b}\n' % (pending.number, orjson.dumps(pending.transaction_id))
+
+
+def _refuse(number: int, error: Exception) -> bytes:
+    rejected = to_rejected(error)
+    answer: dict[str, Any] = {"line": number, **orjson.loads(render_refusal(rejected.refusal, rejected.faults))}
+    if rejected.retry_after_seconds is not None:
+        answer["retry-after"] = rejected.retry_after_seconds
+    return orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE)
+
+
+async def _split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[_Line]:
+    """Yield the lines that are not blank, never keeping more than `limit_bytes` of one."""
+    splitter = LineSplitter(limit_bytes)
+    async for chunk in chunks:
+        for line in splitter.feed(chunk):
+            yield line
+    for line in splitter.feed(b"\n"):
+        yield line
+
+
+class LineSplitter:
+    """Cuts chunks into numbered lines; blank ones count and are left out, too long ones lose their text."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._number = 0
+        self._rest: list[bytes] = []
+        self._rest_size = 0
+
+    def feed(self, chunk: bytes) -> Iterator[_Line]:
+        """Yield the lines that this chunk ends."""
+        first, *others = chunk.split(b"\n")
+        self._keep(first)
+        for other in others:
+            self._number += 1
+            text = b"".join(self._rest)
+            if self._rest_size > self._limit_bytes:
+                yield _Line(self._number, None)
+            elif text.strip():
+                yield _Line(self._number, text)
+            self._rest, self._rest_size = [], 0
+            self._keep(other)
+
+    def _keep(self, part: bytes) -> None:
+        self._rest_size += len(part)
+        if self._rest_size <= self._limit_bytes:
+            self._rest.append(part)
+        else:
+            self._rest.clear()
