@@ -152,7 +152,7 @@ def test_a_bad_value_is_refused_with_a_sentence(name: str, value: str, tmp_path:
     done = check_database(**{name: value})
     assert done.returncode == 1
     assert not done.stdout
-    assert re.fullmatch(rf"{name}: [^\n]{{10,}}\.\n", done.stderr.removeprefix("Error: "))
+    assert re.fullmatch(rf"{name}: [A-Za-z][^\n{{}}]{{10,}}\.\n", done.stderr.removeprefix("Error: "))
     assert not value or value not in done.stderr
     assert not list(tmp_path.iterdir())
 
