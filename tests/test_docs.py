@@ -147,7 +147,7 @@ def test_every_make_target_exists(page: Path) -> None:
 
 def test_the_readmes_curl_line_is_an_update() -> None:
     """README's curl line goes to the update path, with one of its methods and a body that the contract accepts."""
-    (line,) = [line for line in read_code(ROOT / "README.md") if line.startswith("curl -X")]
+    (line,) = [line for line in read_code(ROOT / "README.md") if line.startswith("curl") and UPDATE_PATH in line]
     words = shlex.split(line)
     assert words[2] in UPDATE_METHODS
     assert words[3].endswith(f":8000{UPDATE_PATH}")
