@@ -155,8 +155,10 @@ def test_the_readmes_curl_line_is_an_update() -> None:
 
 
 def test_the_readme_says_where_the_code_is() -> None:
-    """README's table of modules names every module that holds code, and none that does not exist."""
-    tabled = set(re.findall(r"`([\w/]+\.py)`", read_section(README, "Where the code is")))
+    """README's table of modules names every module that holds code once, and none that does not exist."""
+    named = re.findall(r"`([\w/]+\.py)`", read_section(README, "Where the code is"))
+    tabled = set(named)
+    assert len(named) == len(tabled)
     modules = {str(path.relative_to(SOURCES)): path for path in SOURCES.rglob("*.py")}
     assert not tabled - modules.keys()
     # A package's file that holds a docstring only is no place to look for anything.
