@@ -87,6 +87,9 @@ class FrontDoor:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's scope, as ASGI has it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, _without_traceback(send))
+            return
         if scope["type"] != "http" or scope["path"] != UPDATE_PATH:
             await self._app(scope, receive, send)
             return
@@ -99,6 +102,18 @@ class FrontDoor:
             return
         await send_answer(send, answer, request_id)
         _write_line(scope, request_id, started, path=UPDATE_PATH, code=answer.code, user=user)
+
+
+def _without_traceback(send: Send) -> Send:
+    """Keep the text of what failed at start or end, which may quote a setting, out of the server's log."""
+
+    async def send_kinds_only(message: Message) -> None:
+        if message["type"].endswith(".failed"):
+            _log.error(message["type"], exc_info=True)
+            message["message"] = ""
+        await send(message)
+
+    return send_kinds_only
 
 
 class RequestLine:

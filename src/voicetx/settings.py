@@ -5,7 +5,9 @@ names and bounds only, not what is done with a value.
 """
 
 from enum import StrEnum
+from ipaddress import ip_network
 from typing import Annotated
+from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
 from limits import parse_many
@@ -57,6 +59,32 @@ def check_database_url(url: SecretStr) -> SecretStr:
     return url
 
 
+def check_redis_url(url: SecretStr | None) -> SecretStr | None:
+    """Return `url` if it names a Redis server, None for an empty one; raises ValueError with a sentence otherwise."""
+    text = url.get_secret_value().strip() if url is not None else ""
+    if not text:
+        return None
+    try:
+        address = urlsplit(text)
+        is_complete = address.scheme in {"redis", "rediss"} and bool(address.hostname) and address.port != 0
+    except ValueError:  # the port is no number
+        is_complete = False
+    if not is_complete:
+        raise ValueError("a Redis server is redis://HOST:PORT or rediss://USER:PASSWORD@HOST:PORT/NUMBER")
+    return url
+
+
+def check_proxies(text: str) -> str:
+    """Return `text` if it lists addresses or networks or is * or empty; raises ValueError with a sentence otherwise."""
+    if text != "*":
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            try:
+                ip_network(part, strict=False)
+            except ValueError:
+                raise ValueError("proxies are addresses or networks, comma-separated, or *") from None
+    return text
+
+
 Limit = Annotated[str, AfterValidator(check_limit)]
 TimeZone = Annotated[str, AfterValidator(check_time_zone)]
 
@@ -72,7 +100,7 @@ class Settings(BaseSettings):
         SecretStr("sqlite:///voicetx.db"),
         description="Where updates are kept: sqlite:///FILE (embedded) or postgresql://USER:PASSWORD@HOST/NAME.",
     )
-    redis_url: SecretStr | None = Field(
+    redis_url: Annotated[SecretStr | None, AfterValidator(check_redis_url)] = Field(
         None,
         description="Where several processes count calls together: redis://HOST:PORT. Empty: each process counts"
         " its own.",
@@ -80,7 +108,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="The address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=64, description="How many processes serve.")
-    trusted_proxies: str = Field(
+    trusted_proxies: Annotated[str, AfterValidator(check_proxies)] = Field(
         "",
         description="Proxies whose X-Forwarded-For names the client: addresses or networks, comma-separated, or *."
         " Empty: none.",

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sqlalchemy import Connection
 
 from voicetx import deployments, migrations
-from voicetx.cli.output import AsJson, complain, format_time, print_json, print_table, write
+from voicetx.cli.output import AsJson, complain, follow_progress, format_time, print_json, print_table, write
 from voicetx.deployments import Deployment, FileFormat, Line
 from voicetx.settings import Settings
 from voicetx.store import open_store
@@ -100,7 +98,7 @@ def load(
     write(lambda connection: deployments.find_deployment(connection, deployment_id))
     source = sys.stdin if file == "-" else Path(file).open(encoding="utf-8-sig", errors="replace", newline="")  # noqa: SIM115 - closed below
     try:
-        loaded, faults = asyncio.run(_load(deployment_id, _read(source, file, file_format), _is_quiet()))
+        loaded, faults = asyncio.run(_load(deployment_id, _read(source, file, file_format)))
     finally:
         source.close()
     if as_json:
@@ -110,10 +108,6 @@ def load(
     if faults:
         complain(f"{faults:,} lines were not loaded.")
         raise typer.Exit(1)
-
-
-def _is_quiet() -> bool:
-    return not sys.stderr.isatty()
 
 
 def _read(source: TextIO, file: str, file_format: FileFormat | None) -> Iterator[Line]:
@@ -137,22 +131,13 @@ def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
     yield from rest
 
 
-async def _load(deployment_id: str, lines: Iterator[Line], is_quiet: bool) -> tuple[int, int]:
+async def _load(deployment_id: str, lines: Iterator[Line]) -> tuple[int, int]:
     """Register chunk by chunk, each in its own transaction; return how many ids are registered, and how many faults."""
     loaded = faults = 0
     store = open_store(Settings())
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=is_quiet,
-    )
     try:
         await migrations.prepare(store)
-        with progress:
-            task = progress.add_task("transactions", total=None)
+        with follow_progress(None) as advance:
             while chunk := list(islice(lines, _CHUNK)):
                 places = {line.transaction_id: line.number for line in chunk if line.transaction_id is not None}
                 others = await store.write(
@@ -164,7 +149,7 @@ async def _load(deployment_id: str, lines: Iterator[Line], is_quiet: bool) -> tu
                     complain(f"line {line.number}: {line.fault}")
                 faults += len(bad)
                 loaded += len(places) - len(others)
-                progress.advance(task, len(chunk))
+                advance(len(chunk))
     finally:
         await store.close()
     return loaded, faults

@@ -2,13 +2,15 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 import orjson
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy import Connection
 
@@ -62,6 +64,21 @@ def print_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> No
 
 def _show(value: Any) -> str:
     return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+@contextmanager
+def follow_progress(total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal (on standard error), and nothing elsewhere; call what is yielded with each step made."""
+    progress = Progress(
+        BarColumn(),
+        MofNCompleteColumn() if total is None else TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+    with progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield lambda steps: progress.advance(task, steps)
 
 
 def format_time(milliseconds: int) -> str:
