@@ -22,19 +22,12 @@ import asyncpg
 import orjson
 from sqlalchemy import (
     ARRAY,
-    BigInteger,
-    Boolean,
     ColumnElement,
     Connection,
     Executable,
-    Integer,
-    LargeBinary,
-    SmallInteger,
     Text,
-    Uuid,
     any_,
     bindparam,
-    column,
     event,
     func,
     select,
@@ -45,7 +38,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.types import TypeEngine
 
 from voicetx.contract import Position, Update, restore
 from voicetx.merge import Transaction
@@ -239,8 +231,10 @@ _ROW_COLUMNS = (
 
 def read_transactions(connection: Connection, ids: Collection[str]) -> dict[str, Transaction]:
     """Return those of the transactions that are registered, by id."""
-    statement = _select_transactions(connection.dialect.name)
-    rows = connection.execute(statement, {"ids": _bind_ids(connection, ids)})
+    if connection.dialect.name == "postgresql":
+        rows = connection.exec_driver_sql(_SELECT_TRANSACTIONS, (sorted(ids),))
+    else:
+        rows = connection.execute(_select_transactions(), {"ids": _bind_ids(connection, ids)})
     return {row[0]: _to_transaction(row) for row in rows}
 
 
@@ -293,17 +287,15 @@ def insert_history(connection: Connection, batch: Iterable[Received]) -> set[tup
     """Add updates to the history and return the keys of those that were not there: the rest are repeats."""
     rows = sorted({received.key: received for received in batch}.items())
     if connection.dialect.name == "postgresql":
-        inserted = connection.execute(
-            _insert_history_arrays(),
-            {
-                "transaction_id": [key[0] for key, _ in rows],
-                "digest": [key[1] for key, _ in rows],
-                "body": [received.update.body for _, received in rows],
-                "received_at_ms": [received.received_at_ms for _, received in rows],
-                "api_key_id": [received.api_key_id for _, received in rows],
-            },
+        arrays = (
+            [key[0] for key, _ in rows],
+            [key[1] for key, _ in rows],
+            [received.update.body for _, received in rows],
+            [received.received_at_ms for _, received in rows],
+            [received.api_key_id for _, received in rows],
         )
-        return {(transaction_id, bytes(digest)) for transaction_id, digest in inserted}
+        inserted = connection.exec_driver_sql(_INSERT_HISTORY, arrays)
+        return {(transaction_id, digest) for transaction_id, digest in inserted}
     # One writer at a time, so nobody adds a row between these two.
     ids = {key[0] for key, _ in rows}
     held = {
@@ -334,41 +326,61 @@ def write_transactions(connection: Connection, merged: Mapping[str, tuple[int, T
     `merged` gives for each id the count seen and the transaction to write. Returns the ids that were written; the
     others have been changed by another process since they were read.
     """
-    rows = [_to_row(seen, transaction, now_ms) for _, (seen, transaction) in sorted(merged.items())]
+    ordered = sorted(merged.items())
+    seen = [count for _, (count, _) in ordered]
+    transactions = [transaction for _, (_, transaction) in ordered]
+    positions = [transaction.position for transaction in transactions]
+    columns: dict[str, list[Any]] = {
+        "key": [transaction.transaction_id for transaction in transactions],
+        "seen": seen,
+        "updates": [transaction.updates for transaction in transactions],
+        "attempt": [position.attempt if position is not None else None for position in positions],
+        "digest": [position.digest if position is not None else None for position in positions],
+        **{name: [transaction.fields.get(name) for transaction in transactions] for name in FIELD_NAMES},
+        "inconsistent": [transaction.is_inconsistent for transaction in transactions],
+        "updated_at_ms": [now_ms] * len(transactions),
+    }
     if connection.dialect.name == "postgresql":
-        columns = zip(*rows, strict=True)
-        arrays = {name: list(values) for (name, _), values in zip(_WRITTEN, columns, strict=True)}
-        return set(connection.execute(_update_arrays(), arrays).scalars())
+        written = connection.exec_driver_sql(_UPDATE_TRANSACTIONS, tuple(columns.values()))
+        return set(written.scalars())
     # The lock that BEGIN IMMEDIATE took lets nobody change a row that was read under it.
-    connection.execute(_update_one(), [dict(zip(_WRITTEN_NAMES, row, strict=True)) for row in rows])
+    rows = zip(*columns.values(), strict=True)
+    connection.execute(_update_one(), [dict(zip(columns, row, strict=True)) for row in rows])
     return set(merged)
 
 
-_WRITTEN: tuple[tuple[str, TypeEngine[Any]], ...] = (
-    ("key", Text()),
-    ("seen", Integer()),
-    ("updates", Integer()),
-    ("attempt", SmallInteger()),
-    ("digest", LargeBinary()),
-    *((name, Text()) for name in FIELD_NAMES),
-    ("inconsistent", Boolean()),
-    ("updated_at_ms", BigInteger()),
+_WRITTEN: Mapping[str, str] = {
+    "updates": "integer",
+    "attempt": "smallint",
+    "digest": "bytea",
+    **dict.fromkeys(FIELD_NAMES, "text"),
+    "inconsistent": "boolean",
+    "updated_at_ms": "bigint",
+}
+"""The columns that an update changes, with PostgreSQL's types."""
+
+
+def _unnest(types: Iterable[str]) -> str:
+    return "unnest(" + ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(types, start=1)) + ")"
+
+
+# The three statements of a batch on PostgreSQL, in its own words: SQLAlchemy's rendering of them, with a processor for
+# each value of each array, takes as long as a small batch itself. Names and types are ours, values are parameters.
+_SELECT_TRANSACTIONS = (
+    f"SELECT transaction_id, updates, attempt, digest, {', '.join(FIELD_NAMES)}"  # noqa: S608
+    " FROM voice_transaction WHERE transaction_id = ANY($1::text[])"
 )
-_WRITTEN_NAMES = tuple(name for name, _ in _WRITTEN)
-
-
-def _to_row(seen: int, transaction: Transaction, now_ms: int) -> tuple[Any, ...]:
-    position = transaction.position
-    return (
-        transaction.transaction_id,
-        seen,
-        transaction.updates,
-        position.attempt if position is not None else None,
-        position.digest if position is not None else None,
-        *(transaction.fields.get(name) for name in FIELD_NAMES),
-        transaction.is_inconsistent,
-        now_ms,
-    )
+_INSERT_HISTORY = (
+    "INSERT INTO voice_update (transaction_id, digest, body, received_at_ms, api_key_id)"  # noqa: S608
+    f" SELECT * FROM {_unnest(['text', 'bytea', 'text', 'bigint', 'uuid'])}"
+    " ON CONFLICT DO NOTHING RETURNING transaction_id, digest"
+)
+_UPDATE_TRANSACTIONS = (
+    f"UPDATE voice_transaction SET {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"  # noqa: S608
+    f" FROM {_unnest(['text', 'integer', *_WRITTEN.values()])} AS new (key, seen, {', '.join(_WRITTEN)})"
+    " WHERE voice_transaction.transaction_id = new.key AND voice_transaction.updates = new.seen"
+    " RETURNING voice_transaction.transaction_id"
+)
 
 
 def _bind_ids(connection: Connection, ids: Collection[str]) -> Any:
@@ -401,8 +413,8 @@ def _insert_ids(dialect: str) -> Executable:
 
 
 @cache
-def _select_transactions(dialect: str) -> Executable:
-    return select(*_ROW_COLUMNS).where(_match_ids(dialect, voice_transaction.c.transaction_id))
+def _select_transactions() -> Executable:
+    return select(*_ROW_COLUMNS).where(_match_ids("sqlite", voice_transaction.c.transaction_id))
 
 
 @cache
@@ -420,43 +432,9 @@ def _select_digests() -> Executable:
 
 
 @cache
-def _insert_history_arrays() -> Executable:
-    types: dict[str, TypeEngine[Any]] = {
-        "transaction_id": Text(),
-        "digest": LargeBinary(),
-        "body": Text(),
-        "received_at_ms": BigInteger(),
-        "api_key_id": Uuid(),
-    }
-    rows = _unnest(types)
-    return (
-        postgresql.insert(voice_update)
-        .from_select(list(types), select(*rows.c))
-        .on_conflict_do_nothing()
-        .returning(voice_update.c.transaction_id, voice_update.c.digest)
-    )
-
-
-@cache
-def _update_arrays() -> Executable:
-    rows = _unnest(dict(_WRITTEN))
-    return (
-        update(voice_transaction)
-        .values({name: rows.c[name] for name in _WRITTEN_NAMES if name not in {"key", "seen"}})
-        .where(voice_transaction.c.transaction_id == rows.c.key, voice_transaction.c.updates == rows.c.seen)
-        .returning(voice_transaction.c.transaction_id)
-    )
-
-
-@cache
 def _update_one() -> Executable:
     return (
         update(voice_transaction)
-        .values({name: bindparam(name, type_=kind) for name, kind in _WRITTEN if name not in {"key", "seen"}})
+        .values({name: bindparam(name) for name in _WRITTEN})
         .where(voice_transaction.c.transaction_id == bindparam("key"), voice_transaction.c.updates == bindparam("seen"))
     )
-
-
-def _unnest(types: Mapping[str, TypeEngine[Any]]) -> Any:
-    arrays = [bindparam(name, type_=ARRAY(kind)) for name, kind in types.items()]
-    return func.unnest(*arrays).table_valued(*(column(name, kind) for name, kind in types.items())).render_derived()
