@@ -3,10 +3,11 @@
 import io
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -325,3 +326,25 @@ def test_a_program_that_does_not_start_says_why() -> None:
     """The tests' own server class fails with the log's end where the program ends."""
     with pytest.raises(ServerFailedError, match="VOICETX_DATABASE_URL"), Service("nonsense://"):
         pass
+
+
+def test_loading_shows_its_progress_on_a_terminal_only(sqlite_url: str, tmp_path: Path) -> None:
+    """On a terminal `load` shows how far it is; into a file or a pipe it prints no bar."""
+    run(sqlite_url, "deployment", "create", "campaign")
+    file = write_ids(tmp_path / "ids.ndjson", [f"tx-{number}" for number in range(25_000)], as_csv=False)
+    assert invoke(sqlite_url, "deployment", "load", "campaign", str(file)).stderr == ""
+    ours, theirs = pty.openpty()
+    try:
+        loading = subprocess.Popen(
+            [sys.executable, "-m", "voicetx", "deployment", "load", "campaign", str(file)],
+            env=clean_environment(sqlite_url, TERM="xterm"), stdout=subprocess.DEVNULL, stderr=theirs,
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how the end of a terminal is told
+            while part := os.read(ours, 65_536):
+                shown += part
+        assert loading.wait() == 0
+    finally:
+        os.close(ours)
+    assert b"25000" in shown
