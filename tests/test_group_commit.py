@@ -1,9 +1,13 @@
-"""The committer's obligations, one by one and then all together in any order of events."""
+"""The committer's obligations, one by one and then all together in any order of events.
+
+Time passes only where a test says so: every test runs on a loop with a clock of its own.
+"""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import strategies as st
@@ -12,6 +16,36 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
 
 pytestmark = pytest.mark.anyio
+
+
+class ClockLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time stands still until a test lets it pass."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        """Return the test's time."""
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """Run this module's asynchronous tests on a loop with a clock of its own."""
+    return "asyncio", {"loop_factory": ClockLoop}
+
+
+async def settle() -> None:
+    """Return when nothing more happens by itself."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def pass_time(seconds: float) -> None:
+    """Let time pass, and what is due happen."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, ClockLoop)
+    loop.now += seconds
+    await settle()
 
 
 class AwayError(Exception):
@@ -28,6 +62,7 @@ class Disk:
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
         self.committed: list[Any] = []
+        self.failed_alone: list[Any] = []
         self.waiting: asyncio.Future[Exception | None] | None = None
         self.is_held = False
 
@@ -42,11 +77,18 @@ class Disk:
             finally:
                 self.waiting = None
             if failure is not None:
+                self.note_failure(batch)
                 raise failure
         if any("poison" in str(item) for item in batch):
+            self.note_failure(batch)
             raise PoisonError
         self.committed += batch
         return [f"{item} done" for item in batch]
+
+    def note_failure(self, batch: Sequence[Any]) -> None:
+        """Remember who stood alone when its commit failed."""
+        if len(batch) == 1:
+            self.failed_alone += batch
 
     async def wait_for_commit(self) -> None:
         """Return when a commit waits to be let on."""
@@ -59,10 +101,18 @@ class Disk:
         self.waiting.set_result(failure)
 
 
+TIMEOUT_SECONDS = 60
+
+
 @asynccontextmanager
 async def committing(disk: Disk, **options: Any) -> AsyncIterator[GroupCommitter[Any, Any]]:
     """Run a committer and close it afterwards."""
-    defaults = {"batch_size": 10, "queue_size": 100, "timeout_seconds": 60, "whole_batch_errors": (AwayError,)}
+    defaults: dict[str, Any] = {
+        "batch_size": 10,
+        "queue_size": 100,
+        "timeout_seconds": TIMEOUT_SECONDS,
+        "whole_batch_errors": (AwayError,),
+    }
     committer: GroupCommitter[Any, Any] = GroupCommitter(disk.commit, **(defaults | options))
     committer.start()
     try:
@@ -173,8 +223,8 @@ async def test_a_failure_of_nobody_while_splitting_fails_the_rest() -> None:
     assert calls == [["a", "b", "c", "d"], ["a", "b"], ["c", "d"]]
 
 
-async def test_a_wrong_number_of_results_is_nobodys_success() -> None:
-    """A commit that returns too few results fails everybody in its batch, once, and the committer goes on."""
+async def test_a_wrong_number_of_results_is_a_logged_defect(caplog: pytest.LogCaptureFixture) -> None:
+    """A commit that returns too few results fails everybody in its batch, once and loudly; the next are served."""
     batches: list[int] = []
 
     async def commit(batch: Sequence[str]) -> list[str]:
@@ -184,10 +234,105 @@ async def test_a_wrong_number_of_results_is_nobodys_success() -> None:
     committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=4, queue_size=4, timeout_seconds=60)
     committer.start()
     results = await asyncio.gather(*map(committer.submit, "abc"), return_exceptions=True)
-    assert all(isinstance(result, Exception) for result in results)
+    assert [type(result) for result in results] == [RuntimeError] * 3
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert await committer.submit("d") == "d"
     assert batches == [3, 1]
     await committer.close()
+
+
+async def test_a_wrong_number_of_results_takes_no_answer_back(caplog: pytest.LogCaptureFixture) -> None:
+    """If it happens while a batch is being split, those who were committed before keep their results."""
+    calls: list[list[str]] = []
+
+    async def commit(batch: Sequence[str]) -> list[str]:
+        calls.append(list(batch))
+        if len(calls) == 1:
+            raise PoisonError
+        return list(batch) if len(calls) == 2 else []
+
+    committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=4, queue_size=4, timeout_seconds=60)
+    committer.start()
+    results = await asyncio.gather(*map(committer.submit, "abcd"), return_exceptions=True)
+    await committer.close()
+    assert results[:2] == ["a", "b"]
+    assert [type(result) for result in results[2:]] == [RuntimeError] * 2
+    assert calls == [["a", "b", "c", "d"], ["a", "b"], ["c", "d"]]
+    assert len(caplog.records) == 1
+
+
+class Unreadable(list[str]):
+    """Results that cannot be read."""
+
+    def __iter__(self) -> NoReturn:
+        """Fail."""
+        raise LookupError
+
+
+@pytest.mark.parametrize(("answer", "failure"), [(None, TypeError), (Unreadable("abc"), LookupError)])
+async def test_no_defect_ends_the_committer(
+    answer: Any, failure: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A commit that returns what is no list of results is logged, told to its callers and not tried again."""
+    batches: list[str] = []
+
+    async def commit(batch: Sequence[str]) -> Any:
+        batches.append("".join(batch))
+        return answer if len(batches) == 1 else batch
+
+    committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=4, queue_size=4, timeout_seconds=60)
+    committer.start()
+    results = await asyncio.gather(*map(committer.submit, "abc"), return_exceptions=True)
+    assert [type(result) for result in results] == [failure] * 3
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert await committer.submit("d") == "d"
+    assert batches == ["abc", "d"]
+    await committer.close()
+
+
+async def test_a_commit_that_cancels_itself_does_not_end_the_committer(caplog: pytest.LogCaptureFixture) -> None:
+    """A cancellation that nobody asked for is a defect of the commit: its callers are told, and the next are served."""
+    disk = Disk()
+    disk.is_held = True
+    async with committing(disk) as committer:
+        first = committer.submit("first")
+        await disk.wait_for_commit()
+        assert disk.waiting is not None
+        disk.waiting.cancel()
+        with pytest.raises(RuntimeError):
+            await first
+        assert len(caplog.records) == 1
+        disk.is_held = False
+        assert await committer.submit("next") == "next done"
+
+
+async def test_a_timeout_inside_the_commit_is_a_failure_like_any_other() -> None:
+    """A TimeoutError that the commit raises by itself blames the culprit alone; it is not the committer's."""
+
+    async def commit(batch: Sequence[str]) -> Sequence[str]:
+        if "b" in batch:
+            raise TimeoutError
+        return batch
+
+    committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=4, queue_size=4, timeout_seconds=60)
+    committer.start()
+    a, b, c = await asyncio.gather(*map(committer.submit, "abc"), return_exceptions=True)
+    await committer.close()
+    assert (a, c) == ("a", "c")
+    assert type(b) is TimeoutError
+
+
+async def test_a_timeout_can_be_a_failure_of_nobody() -> None:
+    """A TimeoutError that belongs to the whole-batch errors reaches everybody as it is."""
+    failure = TimeoutError()
+    disk = Disk()
+    disk.is_held = True
+    async with committing(disk, whole_batch_errors=(OSError,)) as committer:
+        futures = [committer.submit(number) for number in range(3)]
+        await disk.wait_for_commit()
+        disk.release(failure)
+        assert await asyncio.gather(*futures, return_exceptions=True) == [failure] * 3
+        assert len(disk.batches) == 1
 
 
 async def test_a_caller_that_gives_up_takes_nothing_away() -> None:
@@ -218,7 +363,8 @@ async def test_closing_commits_and_answers_everybody() -> None:
     futures = [committer.submit(number) for number in range(5)]
     await disk.wait_for_commit()
     closing = [asyncio.create_task(committer.close()) for _ in range(2)]
-    await asyncio.sleep(0)
+    await settle()
+    assert not any(task.done() for task in closing)
     with pytest.raises(Closed):
         committer.submit("too late")
     disk.is_held = False
@@ -228,24 +374,94 @@ async def test_closing_commits_and_answers_everybody() -> None:
     assert not committer.is_running
 
 
-async def test_nobody_waits_longer_than_the_timeout() -> None:
-    """A commit that hangs is given up; its callers and those behind it are told, and what waited is not committed."""
+async def test_who_waits_too_long_is_told_and_not_committed_later() -> None:
+    """When a commit hangs, its callers and those who wait behind it are told in time; what waited is not committed."""
     disk = Disk()
     disk.is_held = True
-    async with committing(disk, timeout_seconds=0.02, batch_size=1) as committer:
-        results = await asyncio.gather(*map(committer.submit, "abc"), return_exceptions=True)
-        assert [type(result) for result in results] == [CommitTimeout] * 3
-        assert committer.waiting == 0
+    async with committing(disk, batch_size=1) as committer:
+        futures = [committer.submit(name) for name in "ab"]
+        await pass_time(TIMEOUT_SECONDS - 1)
+        late = committer.submit("c")
+        assert not any(future.done() for future in futures)
+        await pass_time(1)
+        assert [type(future.exception()) for future in futures] == [CommitTimeout] * 2
+        assert not late.done()
         disk.is_held = False
-        if disk.waiting is not None:
-            disk.release()
-        assert await committer.submit("d") == "d done"
-        assert disk.committed[-1] == "d"
-        assert not {"b", "c"} & set(disk.committed)
+        disk.release()
+        assert await late == "c done"
+        assert disk.batches == [["a"], ["c"]]
+
+
+async def test_a_commit_that_takes_too_long_is_cancelled() -> None:
+    """A commit that hangs is cancelled, and the committer goes on with the next batch."""
+    disk = Disk()
+    disk.is_held = True
+    async with committing(disk) as committer:
+        hung = committer.submit("hung")
+        await disk.wait_for_commit()
+        await pass_time(TIMEOUT_SECONDS)
+        assert type(hung.exception()) is CommitTimeout
+        assert disk.waiting is None
+        disk.is_held = False
+        assert await committer.submit("next") == "next done"
+        assert disk.batches == [["hung"], ["next"]]
+
+
+async def test_a_cancelled_commit_is_not_split_whatever_it_raises() -> None:
+    """A commit that answers its cancellation with an error of its own took too long for all, and blames nobody."""
+    batches: list[int] = []
+
+    async def commit(batch: Sequence[str]) -> list[str]:
+        batches.append(len(batch))
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            raise PoisonError from None
+        return list(batch)
+
+    committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=4, queue_size=4, timeout_seconds=60)
+    committer.start()
+    futures = [committer.submit(name) for name in "abcd"]
+    await settle()
+    await pass_time(60)
+    assert [type(future.exception()) for future in futures] == [CommitTimeout] * 4
+    await committer.close()
+    assert batches == [4]
+
+
+async def test_a_commit_cancelled_a_moment_early_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops round their timers: a commit cancelled just before its callers' time is up took too long for all of them."""
+    monkeypatch.setattr(asyncio.get_running_loop(), "_clock_resolution", 1.0)
+    disk = Disk()
+    disk.is_held = True
+    async with committing(disk) as committer:
+        futures = [committer.submit(number) for number in range(2)]
+        await disk.wait_for_commit()
+        await pass_time(TIMEOUT_SECONDS - 0.5)
+        assert [type(future.exception()) for future in futures] == [CommitTimeout] * 2
+        assert disk.batches == [[0, 1]]
+
+
+async def test_a_batch_is_not_split_for_nobody() -> None:
+    """Halves are not tried any more once everybody in them has been told that it took too long."""
+    disk = Disk()
+    disk.is_held = True
+    async with committing(disk) as committer:
+        futures = [committer.submit(number) for number in range(4)]
+        await disk.wait_for_commit()
+        await pass_time(TIMEOUT_SECONDS - 1)
+        disk.release(PoisonError())
+        await settle()
+        await pass_time(1)
+        disk.release(PoisonError())
+        await settle()
+        assert [type(future.exception()) for future in futures] == [CommitTimeout] * 4
+        assert disk.batches == [[0, 1, 2, 3], [0, 1]]
+        assert disk.waiting is None
 
 
 async def test_a_commit_that_cannot_be_cancelled_holds_nobody() -> None:
-    """Callers are told in time even while a commit refuses to end."""
+    """While a commit refuses to end its caller is told in time, and so is who waits behind one that gave up."""
     released = asyncio.Event()
 
     async def commit(batch: Sequence[str]) -> list[str]:
@@ -256,46 +472,88 @@ async def test_a_commit_that_cannot_be_cancelled_holds_nobody() -> None:
                 continue
         return list(batch)
 
-    committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=1, queue_size=4, timeout_seconds=0.02)
+    committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=1, queue_size=4, timeout_seconds=60)
     committer.start()
-    results = await asyncio.gather(*map(committer.submit, "ab"), return_exceptions=True)
-    assert [type(result) for result in results] == [CommitTimeout] * 2
+    a = committer.submit("a")
+    await pass_time(1)
+    committer.submit("b").cancel()
+    await pass_time(1)
+    c = committer.submit("c")
+    await pass_time(58)
+    assert type(a.exception()) is CommitTimeout
+    await pass_time(2)
+    assert type(c.exception()) is CommitTimeout
     released.set()
+    assert await committer.submit("d") == "d"
     await committer.close()
 
 
-async def test_everybody_is_told_when_the_loop_ends() -> None:
-    """If its task is cancelled from outside, nobody is left waiting."""
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_everybody_is_told_when_the_loop_ends(has_begun: bool) -> None:
+    """If its task is cancelled from outside, even before its first step, nobody is left waiting."""
     disk = Disk()
     disk.is_held = True
     committer: GroupCommitter[Any, Any] = GroupCommitter(disk.commit, batch_size=1, queue_size=4, timeout_seconds=60)
     committer.start()
     futures = [committer.submit(number) for number in range(3)]
-    await disk.wait_for_commit()
+    if has_begun:
+        await disk.wait_for_commit()
     assert committer._task is not None
     committer._task.cancel()
-    assert [type(result) for result in await asyncio.gather(*futures, return_exceptions=True)] == [Closed] * 3
+    await settle()
+    assert [type(future.exception()) for future in futures] == [Closed] * 3
+    assert not committer.is_running
+    assert committer.waiting == 0
+    with pytest.raises(Closed):
+        committer.submit("too late")
+    await committer.close()
+
+
+async def test_no_commit_can_keep_the_loop_from_ending() -> None:
+    """A commit that turns the cancellation from outside into an error gets its caller that error, and the task ends."""
+
+    async def commit(batch: Sequence[str]) -> list[str]:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            raise PoisonError from None
+        return list(batch)
+
+    committer: GroupCommitter[str, str] = GroupCommitter(commit, batch_size=1, queue_size=4, timeout_seconds=60)
+    committer.start()
+    futures = [committer.submit(name) for name in "ab"]
+    await settle()
+    assert committer._task is not None
+    committer._task.cancel()
+    await settle()
+    assert [type(future.exception()) for future in futures] == [PoisonError, Closed]
     assert not committer.is_running
 
 
 class CommitterMachine(RuleBasedStateMachine):
-    """Any order of submissions, failures, cancellations and closing keeps every obligation."""
+    """Any order of submissions, failures, cancellations, delays and closing keeps every obligation."""
 
     QUEUE, BATCH = 5, 3
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
+        self.loop = ClockLoop()
+        self.loop_errors: list[dict[str, Any]] = []
+        self.loop.set_exception_handler(lambda _loop, context: self.loop_errors.append(context))
         self.disk = Disk()
         self.disk.is_held = True
         self.committer: GroupCommitter[str, str] = GroupCommitter(
             self.disk.commit,
             batch_size=self.BATCH,
             queue_size=self.QUEUE,
-            timeout_seconds=3600,
+            timeout_seconds=TIMEOUT_SECONDS,
             whole_batch_errors=(AwayError,),
         )
         self.futures: dict[str, asyncio.Future[str]] = {}
+        self.answers: dict[str, int] = {}
+        self.deadlines: dict[str, float] = {}
+        self.away: set[str] = set()
+        self.expired_waiting: set[str] = set()
         self.is_closed = False
         self.closing: asyncio.Task[None] | None = None
         self.run(self._start())
@@ -306,40 +564,61 @@ class CommitterMachine(RuleBasedStateMachine):
     def run(self, coroutine: Any = None) -> None:
         """Run the loop until nothing more happens by itself."""
 
-        async def settle() -> None:
+        async def run() -> None:
             if coroutine is not None:
                 await coroutine
-            for _ in range(10):
-                await asyncio.sleep(0)
+            await settle()
 
-        self.loop.run_until_complete(settle())
+        self.loop.run_until_complete(run())
 
-    @rule(is_poison=st.booleans())
-    def submit(self, is_poison: bool) -> None:
-        """Submit an item: it is taken, or refused exactly if the queue is full or the committer closed."""
-        name = f"{len(self.futures)}{'-poison' if is_poison else ''}"
+    def names_waiting(self) -> list[str]:
+        """Return who waits: the youngest, as many as the committer says."""
+        names = list(self.futures)
+        return names[len(names) - self.committer.waiting :]
+
+    def note_answer(self, name: str) -> None:
+        """Count the answers that an item gets."""
+        self.answers[name] = self.answers.get(name, 0) + 1
+
+    async def submit_one(self, name: str) -> None:
+        """Submit: the item is refused exactly if the committer is closed or the queue full."""
         was_full = self.committer.waiting >= self.QUEUE
+        try:
+            future = self.committer.submit(name)
+        except QueueFull:
+            assert was_full
+            assert not self.is_closed
+        except Closed:
+            assert self.is_closed
+        else:
+            assert not was_full
+            assert not self.is_closed
+            future.add_done_callback(lambda _future: self.note_answer(name))
+            self.futures[name] = future
+            self.deadlines[name] = self.loop.now + TIMEOUT_SECONDS
+
+    @rule(are_poison=st.lists(st.booleans(), min_size=1, max_size=QUEUE + BATCH + 1))
+    def submit(self, are_poison: list[bool]) -> None:
+        """Submit items, good ones and poison, up to more than there is room for."""
 
         async def submit() -> None:
-            try:
-                self.futures[name] = self.committer.submit(name)
-            except QueueFull:
-                assert was_full
-                assert not self.is_closed
-            except Closed:
-                assert self.is_closed
-            else:
-                assert not was_full
-                assert not self.is_closed
+            for is_poison in are_poison:
+                await self.submit_one(f"{len(self.futures)}{'-poison' if is_poison else ''}")
 
         self.run(submit())
 
     @precondition(lambda self: self.disk.waiting is not None)
     @rule(failure=st.sampled_from([None, None, AwayError, PoisonError]))
     def finish_commit(self, failure: type[Exception] | None) -> None:
-        """Let the commit under way succeed, or fail."""
+        """Let the commit under way succeed, or fail; a failure of nobody is told to everybody in the batch."""
+        waiting = self.names_waiting()
+        unanswered = {name for name, future in self.futures.items() if not future.done() and name not in waiting}
+        if failure is AwayError:
+            self.away |= unanswered
         self.disk.release(failure() if failure is not None else None)
         self.run()
+        if failure is AwayError:
+            assert all(type(self.futures[name].exception()) is AwayError for name in unanswered)
 
     @precondition(lambda self: any(not future.done() for future in self.futures.values()))
     @rule(data=st.data())
@@ -348,6 +627,13 @@ class CommitterMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from([name for name, future in self.futures.items() if not future.done()]))
         self.futures[name].cancel()
         self.run()
+
+    @rule(seconds=st.sampled_from([1, TIMEOUT_SECONDS // 2, TIMEOUT_SECONDS - 1, TIMEOUT_SECONDS]))
+    def pass_time(self, seconds: int) -> None:
+        """Let time pass; what still waits when its time is up must never be committed."""
+        now = self.loop.now + seconds
+        self.expired_waiting |= {name for name in self.names_waiting() if self.deadlines[name] <= now}
+        self.run(pass_time(seconds))
 
     @rule()
     def close(self) -> None:
@@ -366,12 +652,39 @@ class CommitterMachine(RuleBasedStateMachine):
         assert self.committer.waiting <= self.QUEUE
 
     @invariant()
+    def nobody_waits_for_nothing(self) -> None:
+        """Who has no answer yet waits for a commit under way, and has time left."""
+        unanswered = [name for name, future in self.futures.items() if not future.done()]
+        assert not unanswered or self.disk.waiting is not None
+        assert all(self.deadlines[name] > self.loop.now for name in unanswered)
+
+    @invariant()
+    def what_waited_too_long_is_not_committed(self) -> None:
+        """Find no item in a batch whose time was up while it waited."""
+        assert not self.expired_waiting & {name for batch in self.disk.batches for name in batch}
+
+    @invariant()
     def answers_are_true(self) -> None:
-        """Who is told that its item is committed finds it committed; poison never is."""
+        """Each answer comes once and has its reason: committed, alone in a failure, store away, or too late."""
+        assert not self.loop_errors
         for name, future in self.futures.items():
-            if future.done() and not future.cancelled() and future.exception() is None:
-                assert future.result() == f"{name} done"
-                assert name in self.disk.committed
+            if not future.done():
+                continue
+            assert self.answers[name] == 1
+            if future.cancelled():
+                continue
+            match future.exception():
+                case None:
+                    assert future.result() == f"{name} done"
+                    assert name in self.disk.committed
+                case PoisonError():
+                    assert name in self.disk.failed_alone
+                case AwayError():
+                    assert name in self.away
+                case CommitTimeout():
+                    assert self.deadlines[name] <= self.loop.now
+                case other:
+                    pytest.fail(f"{name} was answered {other!r}")
         assert not any("poison" in name for name in self.disk.committed)
 
     def teardown(self) -> None:
@@ -379,13 +692,11 @@ class CommitterMachine(RuleBasedStateMachine):
         self.disk.is_held = False
         if self.disk.waiting is not None:
             self.disk.release()
-        self.loop.run_until_complete(self.committer.close())
+        self.run(self.committer.close())
         assert all(future.done() for future in self.futures.values())
-        for name, future in self.futures.items():
-            if not future.cancelled() and isinstance(future.exception(), PoisonError):
-                # Only an item that is at fault itself, or stood alone when its commit failed, is blamed.
-                assert name not in self.disk.committed
-        self.loop.run_until_complete(asyncio.sleep(0))
+        self.answers_are_true()
+        self.batches_keep_their_size_and_order()
+        self.what_waited_too_long_is_not_committed()
         self.loop.close()
 
 

@@ -7,7 +7,7 @@ databases: it makes batches of items, has them committed, and gives each caller 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
@@ -21,7 +21,10 @@ class QueueFull(Exception):  # noqa: N818 - a state of the committer, named as o
 
 
 class Closed(Exception):  # noqa: N818 - a state of the committer, named as one
-    """The committer takes no items: it is closed, or was not started."""
+    """The committer takes no items: it is closed, was not started, or its task was cancelled from outside.
+
+    In that last case it also comes from the future; whether the item was committed is then unknown.
+    """
 
 
 class CommitTimeout(Exception):  # noqa: N818 - what happened to the item
@@ -43,10 +46,15 @@ class GroupCommitter(Generic[Item, Result]):
     - At most `queue_size` items wait beside the batch under way; one more is refused at once with `QueueFull`.
     - A batch whose commit fails is split until the culprit stands alone: its caller gets the exception and all
       others are committed. An exception of `whole_batch_errors` says that no item is at fault: everybody in the batch
-      gets it, and nothing is split.
+      who has no answer yet gets it, and nothing is split any more.
+    - A commit that breaks its promise (the wrong number of results, none at all, a cancellation of its own making) is
+      a defect: it is logged, and everybody in the batch who has no answer yet gets it as an exception, a
+      `RuntimeError` for a wrong number. The committer goes on.
     - Nobody waits longer than `timeout_seconds`: then the caller gets `CommitTimeout`, and an item that still waits
-      is not committed any more. A commit is cancelled when it has taken that long by itself.
+      is not committed any more. A commit is cancelled when it has taken that long by itself, and no part of a batch
+      is tried when the time of everybody in it is up.
     - A caller that gives up takes nothing away: its item is committed with its batch.
+    - Whatever ends the task from outside, nobody is left waiting.
     - `close` takes no more items, commits what waits, answers everybody, then returns.
 
     `commit` gets a batch and returns one result for each item, in order. It may be called again with parts of a batch
@@ -66,7 +74,7 @@ class GroupCommitter(Generic[Item, Result]):
         self._batch_size = batch_size
         self._queue_size = queue_size
         self._timeout_seconds = timeout_seconds
-        self._whole_batch_errors: tuple[type[Exception], ...] = (*whole_batch_errors, _WrongCount)
+        self._whole_batch_errors: tuple[type[Exception], ...] = (CommitTimeout, *whole_batch_errors)
         self._queue: deque[_Entry[Item, Result]] = deque()
         self._batch: list[_Entry[Item, Result]] = []
         self._arrival = asyncio.Event()
@@ -88,6 +96,8 @@ class GroupCommitter(Generic[Item, Result]):
         """Begin to take items, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
+        # Not a finally in the task: one that is cancelled before its first step never gets there.
+        self._task.add_done_callback(self._answer_the_rest)
 
     def submit(self, item: Item) -> "asyncio.Future[Result]":
         """Take an item; the future gets its result once it is committed, or why it was not.
@@ -114,79 +124,100 @@ class GroupCommitter(Generic[Item, Result]):
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        try:
-            while True:
-                if not self._queue:
-                    if self._is_closing:
-                        return
-                    self._arrival.clear()
-                    await self._arrival.wait()
-                    continue
+        # A commit may turn the cancellation of this task into an error of its own; it ends the task all the same.
+        while not self._is_cancelled():
+            if self._queue:
                 self._batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
-                await self._settle(self._batch)
-        finally:
-            if self._alarm is not None:
-                self._alarm.cancel()
-            # Only if the task was cancelled from outside is anybody left.
-            for entry in (*self._batch, *self._queue):
-                _fail(entry, Closed())
-            self._queue.clear()
+                try:
+                    await self._settle(self._batch)
+                except Exception as error:  # noqa: BLE001 - one defect must not end the service for all who follow
+                    _log.exception("a defect in the commit of %d items", len(self._batch))
+                    _fail_all(self._batch, error)
+                self._batch = []
+            elif self._is_closing:
+                return
+            else:
+                self._arrival.clear()
+                await self._arrival.wait()
 
     async def _settle(self, batch: Sequence[_Entry[Item, Result]]) -> None:
-        """Commit a batch, or its halves; everybody in it is answered when this returns."""
+        """Commit a batch, or its halves; everybody in it is answered when this returns.
+
+        Raises what is a defect; those who have no answer by then are owed it.
+        """
         pending = [batch]
         while pending:
             part = pending.pop()
+            if part[-1].deadline <= self._loop.time():
+                _fail_all(part, CommitTimeout())
+                continue
             try:
-                async with asyncio.timeout(self._timeout_seconds):
-                    results = await self._commit([entry.item for entry in part])
-                _check_count(part, results)
-            except TimeoutError:
-                self._fail_all((part, *pending), CommitTimeout())
-                return
+                results = await self._commit_in_time([entry.item for entry in part])
             except self._whole_batch_errors as error:
-                self._fail_all((part, *pending), error)
+                _fail_all(batch, error)
                 return
+            except asyncio.CancelledError as error:
+                if self._is_cancelled():
+                    raise
+                raise RuntimeError("the commit was cancelled, but not by its committer") from error
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller at fault gets it
                 if len(part) == 1:
                     _fail(part[0], error)
-                    continue
-                middle = len(part) // 2
-                pending += [part[middle:], part[:middle]]
+                else:
+                    middle = len(part) // 2
+                    pending += [part[middle:], part[:middle]]
             else:
-                for entry, result in zip(part, results, strict=True):
-                    if not entry.future.done():
-                        entry.future.set_result(result)
+                _answer(part, results)
 
-    @staticmethod
-    def _fail_all(parts: Sequence[Sequence[_Entry[Item, Result]]], error: Exception) -> None:
-        for part in parts:
-            for entry in part:
-                _fail(entry, error)
+    async def _commit_in_time(self, items: Sequence[Item]) -> Sequence[Result]:
+        """Commit; raises what the commit raises, or `CommitTimeout` when it was cancelled for taking too long."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds) as limit:
+                return await self._commit(items)
+        except Exception as error:
+            # A TimeoutError may just as well be the commit's own, and a cancelled commit may raise anything.
+            if limit.expired():
+                raise CommitTimeout from error
+            raise
+
+    def _is_cancelled(self) -> bool:
+        return self._task is not None and self._task.cancelling() > 0
 
     def _answer_late(self) -> None:
         """Answer everybody whose time is up, and wake again when the next one's is.
 
-        Deadlines come in the order of submission, so the oldest are the batch under way, then the head of the queue.
+        Deadlines come in the order of submission: first those of the batch under way, then those of the queue.
         """
         now = self._loop.time()
-        while self._queue and self._queue[0].deadline <= now:
-            _fail(self._queue.popleft(), CommitTimeout())
         for entry in self._batch:
             if entry.deadline <= now:
                 _fail(entry, CommitTimeout())
-        following = [entry.deadline for entry in (*self._batch, *self._queue) if not entry.future.done()]
-        self._alarm = self._loop.call_at(min(following), self._answer_late) if following else None
+        while self._queue and self._queue[0].deadline <= now:
+            _fail(self._queue.popleft(), CommitTimeout())
+        unanswered = (entry.deadline for entry in self._batch if not entry.future.done())
+        following = next(unanswered, self._queue[0].deadline if self._queue else None)
+        self._alarm = None if following is None else self._loop.call_at(following, self._answer_late)
+
+    def _answer_the_rest(self, _task: "asyncio.Task[None]") -> None:
+        """Answer those that a task cancelled from outside has left."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        _fail_all((*self._batch, *self._queue), Closed())
+        self._batch = []
+        self._queue.clear()
 
 
-class _WrongCount(Exception):  # noqa: N818 - internal
-    """A commit returned another number of results than it got items: a defect, with nobody to blame it on."""
-
-
-def _check_count(part: Sequence[object], results: Sequence[object]) -> None:
+def _answer(part: Sequence[_Entry[Item, Result]], results: Sequence[Result]) -> None:
     if len(results) != len(part):
-        _log.error("commit returned %d results for %d items", len(results), len(part))
-        raise _WrongCount
+        raise RuntimeError(f"the commit of {len(part)} items returned {len(results)} results")
+    for entry, result in zip(part, results, strict=True):
+        if not entry.future.done():
+            entry.future.set_result(result)
+
+
+def _fail_all(entries: Iterable[_Entry[Item, Result]], error: Exception) -> None:
+    for entry in entries:
+        _fail(entry, error)
 
 
 def _fail(entry: _Entry[Item, Result], error: Exception) -> None:
