@@ -75,6 +75,8 @@ async def count_admitted(throttle: Throttle, calls: int, limit: str | None = Non
 async def test_the_limit_is_admitted_and_no_call_more(clock: Clock) -> None:
     """Exactly as many calls as the limit says pass in a window, and as many again in the next."""
     async with open_throttle(throttle="500/second") as throttle:
+        assert await count_admitted(throttle, 1) == 1
+        clock.now += 1
         assert await count_admitted(throttle, 700) == 500
         clock.now += 1
         assert await count_admitted(throttle, 700) == 500
@@ -87,6 +89,13 @@ async def test_a_users_own_limit_counts_for_it_alone(clock: Clock) -> None:
         assert await call(throttle, "a", "1/minute") > 0
         assert [await call(throttle, "b") for _ in range(3)] == [0, 0, 0]
         assert await call(throttle, "b") > 0
+
+
+async def test_a_limit_spelled_otherwise_is_the_same_limit(clock: Clock) -> None:
+    """Writing the same limit in other words gives a user no fresh window."""
+    async with open_throttle() as throttle:
+        assert [await call(throttle, limit="10/minute") for _ in range(6)].count(0) == 6
+        assert [await call(throttle, limit="10 per 1 minute") for _ in range(6)].count(0) == 4
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.2, 17.0, 42.9, 59.999])
@@ -310,7 +319,26 @@ async def test_calls_made_at_once_share_a_question(valkey_url: str) -> None:
         before = await count_questions(valkey_url)
         answers = await asyncio.gather(*(call(throttle, user) for _ in range(60)))
         assert answers.count(0) == 40
+        assert throttle.fallbacks == 0
         assert await count_questions(valkey_url) == before + 1
+
+
+async def test_calls_that_come_meanwhile_share_the_next_question(start_valkey: Callable[[], Valkey]) -> None:
+    """All calls of one user that come while Redis is asked for it wait for one further question."""
+    valkey, user = start_valkey(), make_user()
+    async with open_throttle(redis_url=valkey.url, throttle="40/year") as throttle:
+        assert await call(throttle, user) == 0
+        before = await count_questions(valkey.url)
+        valkey.pause()
+        admissions = [throttle.admit(user, None)]
+        while throttle._leases[user, "40/year"].waiting:
+            await asyncio.sleep(0)
+        for _ in range(5):
+            admissions.append(throttle.admit(user, None))
+            await asyncio.sleep(0)
+        valkey.resume()
+        assert await asyncio.gather(*filter(None, admissions)) == [None] * 6
+        assert await count_questions(valkey.url) == before + 2
 
 
 async def test_a_burst_of_many_users_does_not_pass_for_redis_being_away(valkey_url: str) -> None:
@@ -379,7 +407,9 @@ async def test_calls_are_counted_locally_while_redis_is_away(start_valkey: Calla
             user = make_user()
             assert (await asyncio.gather(*(call(throttle, user) for _ in range(8)))).count(0) == 5
             assert [await call(throttle, make_user()) for _ in range(20)].count(0) == 20
-            assert throttle.fallbacks == 28
+            throttle._away_until = 0.0
+            assert await call(throttle, make_user()) == 0
+            assert throttle.fallbacks == 29
         assert [(line["event"], line["log_level"]) for line in lines] == [("throttle.redis_away", "warning")]
         valkey.start()
         with capture_logs() as lines:
@@ -434,36 +464,92 @@ async def test_a_store_that_forgets_does_not_raise_the_limit(
 
 
 async def test_a_hung_redis_does_not_hold_up_the_event_loop(start_valkey: Callable[[], Valkey]) -> None:
-    """While Redis hangs, other work goes on and calls are decided locally; no late answer is taken for another."""
+    """While a call waits for a Redis that hangs, other work goes on; then the call is decided locally."""
     valkey = start_valkey()
-    async with open_throttle(
-        redis_url=valkey.url, throttle="20/year", redis_retry_seconds=0.1, redis_timeout_seconds=0.5
-    ) as throttle:
+    async with open_throttle(redis_url=valkey.url, redis_timeout_seconds=0.1) as throttle:
         assert await call(throttle, make_user()) == 0
         valkey.pause()
+        waiting = asyncio.create_task(call(throttle, make_user()))
         turns = 0
+        while not waiting.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert await waiting == 0
+        assert throttle.fallbacks == 1
+        assert turns > 50
 
-        async def work() -> None:
-            nonlocal turns
-            while True:
-                turns += 1
-                await asyncio.sleep(0)
 
-        other = asyncio.create_task(work())
-        try:
-            answers = await asyncio.gather(*(call(throttle, make_user()) for _ in range(50)))
-            assert answers.count(0) == 50
-            assert turns > 10
-            assert throttle.fallbacks == 50
-        finally:
-            other.cancel()
-            valkey.resume()
-        await wait_until_back(throttle)
-        user = make_user()
-        async with open_throttle(redis_url=valkey.url, throttle="20/year") as second:
-            answers = [await call(each, user) for _ in range(15) for each in (throttle, second)]
-            assert answers.count(0) == 20
-            assert second.fallbacks == 0
+async def test_late_answers_of_a_hung_redis_are_not_taken_for_others(start_valkey: Callable[[], Valkey]) -> None:
+    """When a Redis that hung goes on, calls are counted as if nothing had been."""
+    valkey, user = start_valkey(), make_user()
+    async with (
+        open_throttle(
+            redis_url=valkey.url, throttle="20/year", redis_retry_seconds=0.1, redis_timeout_seconds=0.5
+        ) as first,
+        open_throttle(redis_url=valkey.url, throttle="20/year") as second,
+    ):
+        assert await call(first, make_user()) == 0
+        valkey.pause()
+        assert (await asyncio.gather(*(call(first, make_user()) for _ in range(50)))).count(0) == 50
+        assert first.fallbacks == 50
+        valkey.resume()
+        await wait_until_back(first)
+        fallbacks = first.fallbacks
+        assert [await call(throttle, user) for _ in range(15) for throttle in (first, second)].count(0) == 20
+        assert (first.fallbacks, second.fallbacks) == (fallbacks, 0)
+
+
+@asynccontextmanager
+async def delay_answers(valkey: Valkey, seconds: float) -> AsyncIterator[str]:
+    """Return the address of a relay to a server that passes each of its answers on after so long."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pause_seconds: float) -> None:
+        while data := await reader.read(65_536):
+            await asyncio.sleep(pause_seconds)
+            writer.write(data)
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", valkey.port)
+        tasks.add(asyncio.create_task(relay(reader, to_server, 0)))
+        tasks.add(asyncio.create_task(relay(from_server, writer, seconds)))
+
+    server = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+    finally:
+        server.close()
+        await asyncio.gather(*tasks)
+
+
+async def test_the_timeout_is_for_the_whole_answer(start_valkey: Callable[[], Valkey]) -> None:
+    """A Redis whose every word comes in time, and all of them together do not, is taken to be away."""
+    async with (
+        delay_answers(start_valkey(), 0.3) as url,
+        open_throttle(redis_url=url, redis_timeout_seconds=0.5) as throttle,
+    ):
+        with capture_logs() as lines:
+            assert await call(throttle) == 0
+        assert throttle.fallbacks == 1
+        assert [line["reason"] for line in lines] == ["TimeoutError"]
+
+
+async def test_a_call_that_comes_late_does_not_wait_for_itself(start_valkey: Callable[[], Valkey]) -> None:
+    """A call that comes while another one waits for a hung Redis is decided together with it."""
+    valkey, user = start_valkey(), make_user()
+    async with open_throttle(redis_url=valkey.url, throttle="5/year", redis_timeout_seconds=0.1) as throttle:
+        assert await call(throttle, make_user()) == 0
+        valkey.pause()
+        first = throttle.admit(user, None)
+        while throttle._leases[user, "5/year"].waiting:
+            await asyncio.sleep(0)
+        second = throttle.admit(user, None)
+        assert isinstance(first, asyncio.Future)
+        assert isinstance(second, asyncio.Future)
+        await first
+        assert second.done()
+        await second
 
 
 async def test_closing_leaves_no_call_undecided(start_valkey: Callable[[], Valkey]) -> None:

@@ -135,7 +135,6 @@ class Throttle:
             self._pool = BlockingConnectionPool.from_url(
                 settings.redis_url.get_secret_value(),
                 max_connections=_REDIS_CONNECTIONS,
-                timeout=self._timeout_seconds,
                 retry=Retry(NoBackoff(), 1),
                 socket_timeout=self._timeout_seconds,
                 socket_connect_timeout=self._timeout_seconds,
