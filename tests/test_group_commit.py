@@ -430,7 +430,7 @@ async def test_a_cancelled_commit_is_not_split_whatever_it_raises() -> None:
 
 
 async def test_a_commit_cancelled_a_moment_early_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit cancelled just before its callers' time is up (loops round their timers) is a timeout for all of them."""
+    """Loops round their timers: a commit cancelled just before the time of its callers is up is a timeout for all."""
     monkeypatch.setattr(asyncio.get_running_loop(), "_clock_resolution", 1.0)
     disk = Disk()
     disk.is_held = True
