@@ -325,6 +325,30 @@ def test_a_body_is_not_read_for_a_caller_who_is_not_let_in(instance: Instance, k
     assert expected in talk(instance, f"{head}\r\n".encode())
 
 
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_an_offer_to_upgrade_is_ignored(instance: Instance, is_chunked: bool) -> None:
+    """A request that offers h2c, as every stock Java client's does, is served, and so is the next on its connection."""
+    ids = [next_id(), next_id()]
+    request = b""
+    for transaction_id in ids:
+        body = encode(make_body(transaction_id))
+        head = (
+            f"PUT {UPDATE_PATH} HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHost: x\r\n"
+            f"HTTP2-Settings: AAEAAEAA\r\nUpgrade: h2c\r\nAuthorization: Bearer {instance.key}\r\n"
+        )
+        length = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(body)}"
+        framed = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body
+        request += f"{head}{length}\r\n\r\n".encode() + framed
+    host, port = instance.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(request)
+        answer = b""
+        while answer.count(b"}") < 2 and (received := connection.recv(65_536)):
+            answer += received
+    assert [f'{{"transaction-id":"{transaction_id}"}}'.encode() in answer for transaction_id in ids] == [True, True]
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+
+
 def test_request_id_is_taken_over_where_it_is_sane(instance: Instance) -> None:
     """A sane x-request-id comes back, on successes and failures alike; another is replaced."""
     for path in [UPDATE_PATH, "/healthz", "/nowhere"]:
