@@ -2,9 +2,11 @@
 
 import json
 import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -242,8 +244,8 @@ def test_throttled_user_is_told_when_to_come_back(instance: Instance) -> None:
 
 
 def test_limit_of_a_user_is_counted_exactly(instance: Instance) -> None:
-    """A user with 5 calls an hour has exactly 5, good or bad ones, whatever connections they come by."""
-    _, key = make_user(instance.database_url, f"five-{next_id()}", call_limit="5/hour")
+    """A user with 5 calls a day has exactly 5, good or bad ones, whatever connections they come by."""
+    _, key = make_user(instance.database_url, f"five-{next_id()}", call_limit="5/day")
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: instance.send(b"", key=key).status_code, range(12)))
     assert sorted(answers) == [429] * 7 + [500] * 5
@@ -301,15 +303,40 @@ def test_a_grantless_user_that_is_used_up_lacks_its_grant_first(instance: Instan
         check_refusal(instance.send(b"", key=key), Refusal.NOT_GRANTED)
 
 
-def talk(instance: Instance, request: bytes) -> bytes:
-    """Send raw bytes and return what comes back first."""
+def talk(instance: Instance, *requests: bytes) -> list[bytes]:
+    """Send raw requests one after another on one connection and return what comes back to each first."""
     host, port = instance.base_url.removeprefix("http://").split(":")
+    answers = []
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(request)
-        answer = b""
-        while not answer.endswith(b"}") and (received := connection.recv(65_536)):
-            answer += received
-        return answer
+        for request in requests:
+            connection.sendall(request)
+            answer = b""
+            while not answer.endswith(b"}") and (received := connection.recv(65_536)):
+                answer += received
+            answers.append(answer)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        ("content-length: 70000", b" " * 70_000),
+        ("transfer-encoding: chunked", (b"fa0\r\n" + b" " * 4000 + b"\r\n") * 25 + b"0\r\n\r\n"),
+    ],
+    ids=["length", "chunks"],
+)
+def test_a_connection_survives_a_body_too_large(instance: Instance, header: str, body: bytes) -> None:
+    """After a 413 the same connection carries the next update, which is recorded."""
+    transaction_id = next_id()
+    good = encode(make_body(transaction_id))
+    head = f"PUT {UPDATE_PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {instance.key}\r\n"
+    refused, recorded = talk(
+        instance,
+        f"{head}{header}\r\n\r\n".encode() + body,
+        f"{head}content-length: {len(good)}\r\n\r\n".encode() + good,
+    )
+    assert b'"code":413' in refused
+    assert b'{"transaction-id":"%b"}' % transaction_id.encode() in recorded
 
 
 @pytest.mark.parametrize(
@@ -319,10 +346,10 @@ def test_a_body_is_not_read_for_a_caller_who_is_not_let_in(instance: Instance, k
     """A caller who is not let in is answered before it has sent any of its body."""
     key = {"without grant": instance.key_without_grant, "used up": instance.key_used_up}.get(key, key)
     head = f"PUT {UPDATE_PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: 1000\r\n"
-    answer = talk(instance, f"{head}expect: 100-continue\r\n\r\n".encode())
+    [answer] = talk(instance, f"{head}expect: 100-continue\r\n\r\n".encode())
     assert expected in answer
     assert b"100 Continue" not in answer
-    assert expected in talk(instance, f"{head}\r\n".encode())
+    assert expected in talk(instance, f"{head}\r\n".encode())[0]
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
@@ -417,6 +444,34 @@ def test_32_clients_beside_one_that_sends_nonsense(instance: Instance) -> None:
         troublemaker.result()
     assert answers == [[True] * 64] * 32
     assert set(nonsense) == {1001}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_stuck_store_is_500_and_a_retry_is_safe(database_url: str) -> None:
+    """While the store is stuck an update is 500 with Retry-After, a bad body its own code; a retry is kept once."""
+    _, key = make_user(database_url)
+    register(database_url, ["tx-1"])
+    body = make_body("tx-1")
+    with (
+        Service(database_url, environment={"VOICETX_COMMIT_TIMEOUT_SECONDS": "0.2"}) as service,
+        httpx.Client(base_url=service.base_url, headers={"authorization": f"Bearer {key}"}, timeout=30) as client,
+        closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), isolation_level=None)) as other,
+    ):
+
+        def send(body: Any) -> httpx.Response:
+            return client.put(UPDATE_PATH, content=encode(body))
+
+        other.execute("begin immediate")
+        answer = send(body)
+        check_refusal(answer, Refusal.INTERNAL, [])
+        assert int(answer.headers["retry-after"]) >= 1
+        check_refusal(send([]), Refusal.INVALID_JSON, [])
+        check_refusal(send({}), Refusal.FIELD_MISSING)
+        check_refusal(send(body | {"call-state": "9"}), Refusal.BAD_VALUE, ["call-state"])
+        other.execute("rollback")
+        wait_until(lambda: send(body).json() == {"transaction-id": "tx-1"}, "The store did not recover")
+    report = show(database_url, "tx-1")
+    assert (report.updates, len(report.history)) == (1, 1)
 
 
 def test_unknown_ids_can_be_registered(database_url: str) -> None:
