@@ -220,7 +220,7 @@ def test_missing_grant(instance: Instance) -> None:
     check_refusal(instance.send(make_body(next_id()), key=instance.key_without_grant), Refusal.NOT_GRANTED, [])
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE", "OPTIONS", "HEAD", "TRACE"])
+@pytest.mark.parametrize("method", ["GET", "DELETE", "OPTIONS", "HEAD", "TRACE", "MADEUP"])
 def test_other_methods(instance: Instance, method: str) -> None:
     """Any other method is 405 and is told which there are, without a credential."""
     answer = instance.client.request(method, UPDATE_PATH)

@@ -254,7 +254,7 @@ def parse(body: bytes) -> Update:
         raise Rejected(Refusal.INVALID_JSON)
     given, has_only_text = _collect_given(raw)
     model = TromboneBody if given.get("call-source") == TROMBONE_SOURCE else UpdateBody
-    nul_faults = _find_nul(given) if b"\\u0000" in body else []
+    nul_faults = _find_nul(raw) if b"\\u0000" in body else []
     try:
         _VALIDATORS[model].validate_python(given)
     except ValidationError as error:
@@ -334,10 +334,10 @@ def _keep_number(text: str) -> dict[str, str]:
     return {"\0": text}  # no body can hold this: NUL is refused
 
 
-def _find_nul(given: Mapping[str, Any]) -> list[Fault]:
+def _find_nul(raw: Mapping[str, Any]) -> list[Fault]:
     return [
         Fault(name, "must not contain the character NUL")
-        for name, value in given.items()
+        for name, value in raw.items()
         if _holds_nul(name) or _holds_nul(value)
     ]
 

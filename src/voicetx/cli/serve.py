@@ -55,7 +55,7 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
     import uvicorn  # noqa: PLC0415
     from uvicorn.supervisors import Multiprocess  # noqa: PLC0415
 
-    from voicetx.http_protocol import UpgradeIgnoringProtocol  # noqa: PLC0415
+    from voicetx.http_protocol import ContractProtocol  # noqa: PLC0415
     from voicetx.logs import configure_logging  # noqa: PLC0415
 
     configure_logging(settings.log_format)
@@ -63,7 +63,7 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
     config = uvicorn.Config(
         "voicetx.app:create_front_door",
         factory=True,
-        http=UpgradeIgnoringProtocol,
+        http=ContractProtocol,
         workers=settings.workers,
         lifespan="on",
         ws="none",
