@@ -61,7 +61,10 @@ def forms_of_asking(key_id: str, key: str) -> list[dict[str, Any]]:
         {"data": {"grant_type": GRANT}, "auth": (key_id, key)},
         {"params": {"grant_type": GRANT}, "auth": (key_id.upper(), key)},
         {"json": {"clientId": key_id, "clientSecret": key, "grantType": GRANT}},
-        {"params": {"grant_type": GRANT}, "json": {"clientId": key_id, "clientSecret": key}},
+        {
+            "params": {"grant_type": GRANT},
+            "json": {"clientId": key_id, "clientSecret": key, "scope": None, "grant_type": None, "more": [1]},
+        },
         {"data": {"client_id": key_id, "client_secret": key, "grant_type": GRANT}},
     ]
 

@@ -128,7 +128,7 @@ class Authenticator:
         if not secret_key.startswith(_SECRET_PREFIX):
             self._fail(address)
         found = await self._find(secret_key.encode(), address)
-        if not hmac.compare_digest(str(found.user.api_key_id), api_key_id.strip().lower()):
+        if not hmac.compare_digest(str(found.user.api_key_id).encode(), api_key_id.strip().lower().encode()):
             self._fail(address)
         if (admission := self._throttle.admit(str(found.user.api_key_id), found.user.call_limit)) is not None:
             await admission

@@ -7,7 +7,6 @@ are the RFC's object (section 5.2) with the HTTP statuses of the contract's tabl
 import base64
 import binascii
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
 import orjson
@@ -25,6 +24,7 @@ from voicetx.services import Services
 TOKEN_PATH = "/campaignapi/resources/v3/oauth/token"  # noqa: S105 - a path, no secret
 
 _GRANT_TYPE = "client_credentials"
+_FIELDS = ("clientId", "clientSecret", "grantType", "client_id", "client_secret", "grant_type")
 _HEADERS: Headers = (
     (b"content-type", b"application/json"),
     (b"cache-control", b"no-store"),
@@ -197,9 +197,13 @@ def _parse_fields(body: bytes) -> dict[str, str]:
             fields = orjson.loads(text)
         except orjson.JSONDecodeError:
             raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "The body is not JSON.") from None
-        if not _holds_only_text(fields):
-            raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "The body is not a JSON object of strings.")
-        return {name: value.strip() for name, value in fields.items()}
+        # What is not ours to understand is ignored (RFC 6749, section 3.2), and null is as good as absent.
+        if not isinstance(fields, dict):
+            raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "The body is no JSON object.")
+        known = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
+        if not all(isinstance(value, str) for value in known.values()):
+            raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "A parameter is not a string.")
+        return {name: value.strip() for name, value in known.items()}
     try:
         pairs = parse_qsl(text.decode("ascii"), strict_parsing=True, errors="strict")
     except ValueError:
@@ -207,10 +211,6 @@ def _parse_fields(body: bytes) -> dict[str, str]:
     if len(dict(pairs)) != len(pairs):
         raise TokenRefused("invalid_request", Refusal.BAD_VALUE, "A parameter is given more than once.")
     return dict(pairs)
-
-
-def _holds_only_text(fields: Any) -> bool:
-    return isinstance(fields, dict) and all(isinstance(value, str) for value in fields.values())
 
 
 def _check_grant_type(grant_type: str | None) -> None:
