@@ -11,14 +11,14 @@ from uuid import uuid4
 import hypothesis
 import pytest
 
-from servers import PostgreSQL, Valkey
+from servers import PostgreSQL, Valkey, is_foreign
 from voicetx import migrations
 from voicetx.store import Store
 
 hypothesis.settings.register_profile("voicetx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("voicetx")
 
-for _name in [name for name in os.environ if name.startswith("VOICETX_")]:
+for _name in filter(is_foreign, list(os.environ)):
     del os.environ[_name]
 
 

