@@ -21,6 +21,7 @@ from voicetx.settings import LogFormat, Settings
 from voicetx.store import open_store
 
 _BACKLOG = 2048
+_WORKER_PATIENCE_SECONDS = 60  # a worker that starts on a busy machine must not be taken for a dead one
 _DEMO_NAME = "demo"
 _DEMO_TRANSACTIONS = 100
 
@@ -74,6 +75,7 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
         forwarded_allow_ips=settings.trusted_proxies or None,
         timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
         backlog=_BACKLOG,
+        timeout_worker_healthcheck=_WORKER_PATIENCE_SECONDS,
     )
     if announce is not None:
         host, port = listener.getsockname()[:2]
