@@ -159,13 +159,19 @@ def _read_csv(lines: Iterable[str]) -> Iterator[Line]:
         if _FIELD not in header:
             raise DeploymentError(f"The file's first line must be a header that names {_FIELD}.")
         place = header.index(_FIELD)
-        for row in rows:
-            if row:
-                yield (
-                    _judge(rows.line_num, row[place]) if place < len(row) else Line(rows.line_num, None, f"no {_FIELD}")
-                )
     except csv.Error as error:
-        raise DeploymentError(f"Line {rows.line_num} is not CSV: {error}. What came before it is loaded.") from error
+        raise DeploymentError(f"The file's first line is not CSV: {error}.") from error
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield Line(rows.line_num, None, f"not CSV: {error}")
+            continue
+        if row is None:
+            return
+        if row:
+            fault = None if place < len(row) else f"no {_FIELD}"
+            yield _judge(rows.line_num, row[place]) if fault is None else Line(rows.line_num, None, fault)
 
 
 def _judge(number: int, text: str) -> Line:
