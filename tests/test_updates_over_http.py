@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, permutations
 from typing import Any
 
 import httpx
@@ -396,6 +396,24 @@ def test_a_repeat_answers_the_same_and_is_kept_once(instance: Instance) -> None:
         assert instance.send(content, method=method).json() == {"transaction-id": transaction_id}
     report = show(instance.database_url, transaction_id)
     assert (report.updates, len(report.history)) == (1, 1)
+
+
+@pytest.mark.parametrize("arrivals", list(permutations(range(4))), ids=lambda order: "".join(map(str, order)))
+def test_the_newest_truth_is_shown_in_any_order(instance: Instance, arrivals: tuple[int, ...]) -> None:
+    """Of the newest attempt a later update wins field by field, whatever came last; an older attempt adds nothing."""
+    transaction_id = next_id()
+    bodies = [
+        make_body(transaction_id, times_attempted="9", call_endtime="2026-03-02 09:00:00.000", voice_tag="old"),
+        make_body(transaction_id, times_attempted="10", call_state="2", message="dialled", a_party="+1"),
+        make_body(transaction_id, times_attempted="10", call_state="5", message="answered", b_party="+2"),
+        make_body(transaction_id, times_attempted="10", call_state="3", message="alerting", a_party="+3"),
+    ]
+    for number in arrivals:
+        assert instance.send(bodies[number]).status_code == 200
+    report = show(instance.database_url, transaction_id)
+    expected = bodies[2] | {"a-party": "+3"}
+    del expected["transaction-id"]
+    assert (report.fields, report.updates) == (expected, 4)
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
