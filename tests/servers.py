@@ -126,7 +126,7 @@ def _has_ended(pid: int) -> bool:
     return state in "ZX"
 
 
-class _Server(ABC):
+class Server(ABC):
     """A program that is started, waited for and ended, with all its processes; starts again on the same port."""
 
     _name: ClassVar[str]
@@ -235,7 +235,7 @@ class _Server(ABC):
         return self._is_ready()
 
 
-class PostgreSQL(_Server):
+class PostgreSQL(Server):
     """A PostgreSQL server, superuser `postgres`, no password.
 
     It survives the death of its processes without loss; with `durable`, that of the machine too, as in production.
@@ -300,6 +300,10 @@ class PostgreSQL(_Server):
         """Drop a database and whoever is connected to it."""
         self.execute(f'drop database "{name}" with (force)')
 
+    def program(self, name: str) -> Path:
+        """Return the path of one of the server's own programs, such as pgbench."""
+        return self._bin / name
+
     def _command(self) -> list[str | Path]:
         options = [item for name, value in self._settings.items() for item in ("-c", f"{name}={value}")]
         return [self._bin / "postgres", "-D", self._data, *options]
@@ -360,7 +364,7 @@ def _may_enter(path: Path) -> bool:
     return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents))
 
 
-class Valkey(_Server):
+class Valkey(Server):
     """A Valkey server, which speaks Redis; keeps nothing on disk."""
 
     _name = "Valkey"
@@ -386,7 +390,7 @@ class Valkey(_Server):
             return False
 
 
-class Service(_Server):
+class Service(Server):
     """The served program: `environment` holds further settings, `arguments` further ones of `voicetx serve`."""
 
     _name = "The service"

@@ -22,7 +22,7 @@ from voicetx.recording import Outcome, Recorder, commit_batch
 from voicetx.reports import TransactionReport, report_transaction
 from voicetx.schema import voice_update
 from voicetx.settings import Settings
-from voicetx.store import Received, Store, StoreUnavailable, ValueRefused, read_transactions
+from voicetx.store import Received, Store, StoreUnavailable, ValueRefused, look_up
 
 pytestmark = pytest.mark.anyio
 
@@ -64,7 +64,7 @@ def receive(*bodies: dict[str, Any]) -> list[Received]:
 async def record(store: Store, *bodies: dict[str, Any], registers_unknown: bool = False) -> list[str]:
     """Record bodies as one batch and return the outcomes."""
     batch = receive(*bodies)
-    outcomes = await store.write(
+    outcomes = await store.write_in_steps(
         lambda connection: commit_batch(connection, batch, registers_unknown=registers_unknown)
     )
     return [outcome.value for outcome in outcomes]
@@ -90,7 +90,7 @@ async def test_the_history_keeps_bodies_as_received(store: Store) -> None:
     """The history holds the text that was sent, unknown fields and spacing included, and from whom."""
     body = encode(make_body(extra={"a": [1e300, None]}, message="  hello ")).replace(b": ", b" :  ")
     received = Received(parse(body), USER, 1_700_000_000_123)
-    await store.write(lambda connection: commit_batch(connection, [received]))
+    await store.write_in_steps(lambda connection: commit_batch(connection, [received]))
     report = await show(store)
     assert [(entry.body, entry.received_at_ms, entry.api_user) for entry in report.history] == [
         (body.decode(), 1_700_000_000_123, str(USER))
@@ -140,8 +140,8 @@ def test_any_order_in_any_batches_ends_the_same(database_url: str, data: st.Data
             await asyncio.gather(
                 *(record(stores[number % 2], *batch, registers_unknown=True) for number, batch in enumerate(batches))
             )
-            found = await stores[0].read(lambda connection: read_transactions(connection, [transaction_id]))
-            return found[transaction_id], await show(stores[1], transaction_id)
+            found = await stores[0].read(lambda connection: look_up(connection, {transaction_id: [b""]}))
+            return found[transaction_id].transaction, await show(stores[1], transaction_id)
         finally:
             for store in stores:
                 await store.close()
@@ -207,7 +207,7 @@ async def test_poison_is_answered_500_without_retry_after(store: Store, monkeypa
 class FailingStore:
     """A store whose database is away."""
 
-    async def write(self, work: Any) -> Any:
+    async def write_in_steps(self, work: Any) -> Any:
         """Fail as a store does."""
         raise StoreUnavailable("gone")
 
@@ -230,10 +230,10 @@ class HeldStore(FailingStore):
     def __init__(self) -> None:
         self.released = asyncio.Event()
 
-    async def write(self, work: Any) -> Any:
+    async def write_in_steps(self, work: Any) -> Any:
         """Wait, then fail."""
         await self.released.wait()
-        return await super().write(work)
+        return await super().write_in_steps(work)
 
 
 async def test_a_full_queue_is_answered_500_with_retry_after_at_once() -> None:

@@ -263,7 +263,7 @@ def test_a_service_that_is_late_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
     assert not service._folder.exists()
 
 
-class Stubborn(servers._Server):
+class Stubborn(servers.Server):
     """A program that does not end on SIGTERM."""
 
     _name = "The stubborn one"

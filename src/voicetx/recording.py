@@ -19,15 +19,16 @@ from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFul
 from voicetx.merge import Transaction, apply, fold
 from voicetx.settings import Settings, UnknownTransactions
 from voicetx.store import (
+    Change,
+    Found,
     Received,
     Store,
     StoreUnavailable,
     ValueRefused,
-    insert_history,
+    look_up,
     read_history,
-    read_transactions,
+    record_changes,
     register_unassigned,
-    write_transactions,
 )
 
 _RETRY_AFTER_SECONDS = 1
@@ -108,7 +109,7 @@ class Recorder:
                 return error
 
     async def _commit(self, batch: Sequence[Received]) -> list[Outcome]:
-        return await self._store.write(
+        return await self._store.write_in_steps(
             lambda connection: commit_batch(connection, batch, registers_unknown=self._registers_unknown)
         )
 
@@ -116,63 +117,64 @@ class Recorder:
 def commit_batch(
     connection: Connection, batch: Sequence[Received], *, registers_unknown: bool = False
 ) -> list[Outcome]:
-    """Record a batch inside the connection's transaction; one outcome for each update, in order.
+    """Record a batch; one outcome for each update, in order.
 
-    May be run again after a rollback. Other processes may be at the same transactions: a row is written back only if
-    it still is what was read, and is otherwise read and merged again.
+    May be run again after a failure: what was recorded is then a repeat. Other processes may be at the same
+    transactions: one is written back only if it still is what was read, and is otherwise read and merged again.
     """
     now_ms = max(received.received_at_ms for received in batch)
-    ids = {received.update.transaction_id for received in batch}
-    transactions = read_transactions(connection, ids)
-    if registers_unknown and len(transactions) < len(ids):
-        unregistered = ids - transactions.keys()
-        register_unassigned(connection, unregistered, now_ms)
-        transactions |= read_transactions(connection, unregistered)
-
-    known = [received for received in batch if received.update.transaction_id in transactions]
-    new_keys = insert_history(connection, known) if known else set()
-    new: dict[str, list[Update]] = {}
-    outcomes: list[Outcome] = []
-    unclaimed = set(new_keys)
+    # A twin in the same batch is a repeat of the first.
+    waiting: dict[str, dict[bytes, Received]] = {}
     for received in batch:
-        if received.update.transaction_id not in transactions:
-            outcomes.append(Outcome.UNKNOWN)
-        elif received.key in unclaimed:
-            unclaimed.remove(received.key)  # a twin in the same batch is a repeat of this one
-            new.setdefault(received.update.transaction_id, []).append(received.update)
-            outcomes.append(Outcome.RECORDED)
-        else:
-            outcomes.append(Outcome.REPEATED)
+        waiting.setdefault(received.update.transaction_id, {}).setdefault(received.update.digest, received)
 
-    while new:
-        merged = _merge(connection, transactions, new)
-        written = write_transactions(connection, merged, now_ms)
-        new = {transaction_id: updates for transaction_id, updates in new.items() if transaction_id not in written}
-        if new:
-            transactions = read_transactions(connection, new.keys())
-    return outcomes
+    unknown: set[str] = set()
+    recorded: set[int] = set()
+    while waiting:
+        found = look_up(connection, waiting)
+        missing = waiting.keys() - found.keys()
+        if missing and registers_unknown:
+            register_unassigned(connection, missing, now_ms)
+            found |= look_up(connection, {transaction_id: waiting[transaction_id] for transaction_id in missing})
+        unknown |= waiting.keys() - found.keys()
+        changes = _merge(connection, found, waiting)
+        written = record_changes(connection, changes.values(), now_ms) if changes else set()
+        recorded.update(id(received) for transaction_id in written for received in changes[transaction_id].new)
+        waiting = {transaction_id: waiting[transaction_id] for transaction_id in changes.keys() - written}
+    return [
+        Outcome.UNKNOWN
+        if received.update.transaction_id in unknown
+        else Outcome.RECORDED
+        if id(received) in recorded
+        else Outcome.REPEATED
+        for received in batch
+    ]
 
 
 def _merge(
-    connection: Connection, transactions: Mapping[str, Transaction], new: Mapping[str, Sequence[Update]]
-) -> dict[str, tuple[int, Transaction]]:
-    """Return for each id the count of updates that was seen and the transaction with the new updates in it."""
-    merged: dict[str, tuple[int, Transaction]] = {}
-    late: set[str] = set()
-    for transaction_id, updates in new.items():
-        transaction = _apply_all(transactions[transaction_id], updates)
-        if transaction is None:
-            late.add(transaction_id)
-        else:
-            merged[transaction_id] = transactions[transaction_id].updates, transaction
+    connection: Connection, found: Mapping[str, Found], waiting: Mapping[str, Mapping[bytes, Received]]
+) -> dict[str, Change]:
+    """Return, by id, the changes that those updates make which are in no history yet."""
+    changes: dict[str, Change] = {}
+    late: list[str] = []
+    for transaction_id, (transaction, held) in found.items():
+        new = [received for digest, received in waiting[transaction_id].items() if digest not in held]
+        if new:
+            merged = _apply_all(transaction, new)
+            changes[transaction_id] = Change(transaction.updates, merged or transaction, new)
+            if merged is None:
+                late.append(transaction_id)
     if late:
+        # Of a history that has grown since the transaction was read nothing is written back.
         for transaction_id, history in read_history(connection, late).items():
-            merged[transaction_id] = transactions[transaction_id].updates, fold(transaction_id, history)
-    return merged
+            change = changes[transaction_id]
+            updates = (*history, *(received.update for received in change.new))
+            changes[transaction_id] = change._replace(transaction=fold(transaction_id, updates))
+    return changes
 
 
-def _apply_all(transaction: Transaction, updates: Sequence[Update]) -> Transaction | None:
+def _apply_all(transaction: Transaction, new: Sequence[Received]) -> Transaction | None:
     merged: Transaction | None = transaction
-    for update in updates:
-        merged = apply(merged, update) if merged is not None else None
+    for received in new:
+        merged = apply(merged, received.update) if merged is not None else None
     return merged

@@ -11,11 +11,12 @@ import os
 import random
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -24,20 +25,22 @@ from sqlalchemy import (
     ARRAY,
     ColumnElement,
     Connection,
+    Engine,
     Executable,
     Text,
     any_,
     bindparam,
+    create_engine,
     event,
     func,
     select,
     true,
-    update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 
 from voicetx.contract import Position, Update, restore
 from voicetx.merge import Transaction
@@ -71,12 +74,11 @@ class Store:
 
     def __init__(self, database_url: str, *, pool_size: int = 5, timeout_seconds: float = 5.0) -> None:
         self.is_embedded = database_url.startswith("sqlite:")
+        self._database: _Embedded | _Server
         if self.is_embedded:
-            self._path = Path(database_url.removeprefix("sqlite:///"))
-            self._writer = _make_sqlite_engine(self._path, "BEGIN IMMEDIATE", 1, timeout_seconds)
-            self._reader = _make_sqlite_engine(self._path, "BEGIN", pool_size, timeout_seconds)
+            self._database = _Embedded(Path(database_url.removeprefix("sqlite:///")), pool_size, timeout_seconds)
         else:
-            self._writer = self._reader = _make_postgresql_engine(database_url, pool_size, timeout_seconds)
+            self._database = _Server(database_url, pool_size, timeout_seconds)
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own and return its result once that is committed.
@@ -84,25 +86,31 @@ class Store:
         A deadlock or a lost connection makes it run again, so `work` must bear being run twice. Raises
         `StoreUnavailable`, or `ValueRefused` where a value is at fault.
         """
-        return await self._run(self._writer, work)
+        return await self._run(self._database.write, work)
+
+    async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
+        """Run `work`, each statement of which is right by itself, and return its result once all are committed.
+
+        On PostgreSQL each statement is a transaction, which saves a small batch half its time; on SQLite the steps
+        share one. When it fails, the first of them may be on disk. Otherwise as `write`.
+        """
+        return await self._run(self._database.write_in_steps, work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which writes nothing, in a transaction; raises as `write` does."""
-        return await self._run(self._reader, work)
+        return await self._run(self._database.read, work)
 
     async def close(self) -> None:
-        """Close every connection."""
-        await self._writer.dispose()
-        await self._reader.dispose()
+        """Close every connection, once what is under way is done."""
+        await self._database.close()
 
-    async def _run(self, engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
-        if self.is_embedded:
-            self._make_private_file()
+    async def _run(
+        self, transact: Callable[[Callable[[Connection], T]], Awaitable[T]], work: Callable[[Connection], T]
+    ) -> T:
         has_reconnected = False
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                async with engine.begin() as connection:
-                    return await connection.run_sync(work)
+                return await transact(work)
             except DBAPIError as error:
                 if _is_conflict(error) and attempt < _ATTEMPTS:
                     # Spread out, so that two processes don't meet again in the same place.
@@ -120,11 +128,79 @@ class Store:
                 raise StoreUnavailable(_describe(error)) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+
+class _Embedded:
+    """A database file: one thread that writes, and some that read beside it.
+
+    A piece of work goes to a thread as a whole. Statement by statement, the way there and back would cost more than
+    the statements.
+    """
+
+    def __init__(self, path: Path, pool_size: int, timeout_seconds: float) -> None:
+        self._path = path
+        self._writer = _make_sqlite_engine(path, "BEGIN IMMEDIATE", 1, timeout_seconds)
+        self._reader = _make_sqlite_engine(path, "BEGIN", pool_size, timeout_seconds)
+        # Threads are started when they are needed.
+        self._writing = ThreadPoolExecutor(1, "voicetx-write")
+        self._reading = ThreadPoolExecutor(pool_size, "voicetx-read")
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(self._writing, self._writer, work)
+
+    write_in_steps = write
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(self._reading, self._reader, work)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        for executor, engine in ((self._writing, self._writer), (self._reading, self._reader)):
+            executor.shutdown()
+            engine.dispose()
+
+    async def _run(self, executor: ThreadPoolExecutor, engine: Engine, work: Callable[[Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, self._transact, engine, work)
+
+    def _transact(self, engine: Engine, work: Callable[[Connection], T]) -> T:
+        self._make_private_file()
+        with engine.begin() as connection:
+            return work(connection)
+
     def _make_private_file(self) -> None:
         """Make a new embedded database readable by its owner only; SQLite gives its side files the same mode."""
         if not self._path.exists():
             with suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+class _Server:
+    """A PostgreSQL server, asked over asyncpg from the event loop.
+
+    Steps have a connection of their own, so that no report keeps an update waiting, and one that looks rows up by key
+    whatever the statistics say: a plan that was made while a table was empty would read all of it an hour later. Rows
+    are then locked in the order in which they are sent, by everybody.
+    """
+
+    def __init__(self, database_url: str, pool_size: int, timeout_seconds: float) -> None:
+        self._engine = _make_postgresql_engine(database_url, pool_size, timeout_seconds)
+        steps = _make_postgresql_engine(database_url, 1, timeout_seconds, _PLAN_BY_KEY)
+        self._in_steps = steps.execution_options(isolation_level="AUTOCOMMIT")
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        async with self._engine.begin() as connection:
+            return await connection.run_sync(work)
+
+    read = write
+
+    async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
+        async with self._in_steps.connect() as connection:
+            return await connection.run_sync(work)
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+        await self._in_steps.dispose()
 
 
 def open_store(settings: Settings) -> Store:
@@ -136,39 +212,54 @@ def open_store(settings: Settings) -> Store:
     )
 
 
-def _make_sqlite_engine(path: Path, begin: str, pool_size: int, timeout_seconds: float) -> AsyncEngine:
-    engine = create_async_engine(
-        f"sqlite+aiosqlite:///{path}",
+def _make_sqlite_engine(path: Path, begin: str, pool_size: int, timeout_seconds: float) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=QueuePool,
         pool_size=pool_size,
         max_overflow=0,
         hide_parameters=True,
-        connect_args={"isolation_level": None, "timeout": timeout_seconds},
+        # Any thread of the pool may use any connection: one at a time.
+        connect_args={"isolation_level": None, "timeout": timeout_seconds, "check_same_thread": False},
     )
 
-    @event.listens_for(engine.sync_engine, "connect")
+    @event.listens_for(engine, "connect")
     def _prepare(dbapi_connection: Any, _record: object) -> None:
-        cursor = dbapi_connection.cursor()
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+            dbapi_connection.execute(f"PRAGMA {pragma}").close()
 
-    @event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         connection.exec_driver_sql(begin)
 
     return engine
 
 
-def _make_postgresql_engine(database_url: str, pool_size: int, timeout_seconds: float) -> AsyncEngine:
-    def connect(**_: object) -> Awaitable[Any]:
+# The last: a plan for which there is no other way has a cost that would have it compiled.
+_PLAN_BY_KEY = (
+    "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_hashjoin = off;"
+    " SET enable_mergejoin = off; SET jit = off"
+)
+
+
+def _make_postgresql_engine(
+    database_url: str, pool_size: int, timeout_seconds: float, preparation: str = ""
+) -> AsyncEngine:
+    async def connect(**_: object) -> Any:
         # asyncpg reads the URL itself: all of libpq's forms, several hosts and TLS options among them.
-        connected: Awaitable[Any] = asyncpg.connect(
+        connection = await asyncpg.connect(
             dsn=database_url,
             timeout=timeout_seconds,
             command_timeout=timeout_seconds,
             server_settings={"application_name": "voicetx"},
         )
-        return connected
+        try:
+            if preparation:
+                await connection.execute(preparation)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
 
     return create_async_engine(
         "postgresql+asyncpg://",
@@ -199,6 +290,8 @@ def _is_refused_value(error: DBAPIError) -> bool:
 def _describe(error: BaseException) -> str:
     """Name an error without its text, which may quote what a dialer sent."""
     cause = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return f"{cause.filename}: {cause.strerror}"
     state = getattr(cause, "sqlstate", None)
     name = type(getattr(cause, "__cause__", None) or cause).__name__
     if isinstance(cause, sqlite3.Error):
@@ -214,11 +307,6 @@ class Received:
     api_key_id: UUID
     received_at_ms: int
 
-    @property
-    def key(self) -> tuple[str, bytes]:
-        """What the history knows it by."""
-        return self.update.transaction_id, self.update.position.digest
-
 
 _ROW_COLUMNS = (
     voice_transaction.c.transaction_id,
@@ -229,13 +317,33 @@ _ROW_COLUMNS = (
 )
 
 
-def read_transactions(connection: Connection, ids: Collection[str]) -> dict[str, Transaction]:
-    """Return those of the transactions that are registered, by id."""
+class Found(NamedTuple):
+    """A registered transaction, and which of the updates that were asked about are in its history."""
+
+    transaction: Transaction
+    held: set[bytes]
+
+
+def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) -> dict[str, Found]:
+    """Return those of the transactions that are registered, by id; asked for by id and digests of updates."""
+    if not updates:
+        return {}
+    found: dict[str, Found] = {}
     if connection.dialect.name == "postgresql":
-        rows = connection.exec_driver_sql(_SELECT_TRANSACTIONS, (sorted(ids),))
-    else:
-        rows = connection.execute(_select_transactions(), {"ids": _bind_ids(connection, ids)})
-    return {row[0]: _to_transaction(row) for row in rows}
+        pairs = sorted((transaction_id, digest) for transaction_id, digests in updates.items() for digest in digests)
+        for row in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))):
+            if row[0] not in found:
+                found[row[0]] = Found(_to_transaction(row[:-1]), set())
+            if row[-1] is not None:
+                found[row[0]].held.add(row[-1])
+        return found
+    ids = (orjson.dumps(sorted(updates)).decode(),)
+    for row in connection.exec_driver_sql(_LOOK_UP_TRANSACTIONS, ids):
+        found[row[0]] = Found(_to_transaction(row), set())
+    # Of a transaction's digests those that nobody asked about are of no harm.
+    for transaction_id, digest in connection.exec_driver_sql(_LOOK_UP_DIGESTS, ids):
+        found[transaction_id].held.add(digest)
+    return found
 
 
 def _to_transaction(row: Sequence[Any]) -> Transaction:
@@ -283,70 +391,47 @@ def match_ids(connection: Connection, ids: Collection[str]) -> tuple[ColumnEleme
     return condition, {"ids": _bind_ids(connection, ids)}
 
 
-def insert_history(connection: Connection, batch: Iterable[Received]) -> set[tuple[str, bytes]]:
-    """Add updates to the history and return the keys of those that were not there: the rest are repeats."""
-    rows = sorted({received.key: received for received in batch}.items())
-    if connection.dialect.name == "postgresql":
-        arrays = (
-            [key[0] for key, _ in rows],
-            [key[1] for key, _ in rows],
-            [received.update.body for _, received in rows],
-            [received.received_at_ms for _, received in rows],
-            [received.api_key_id for _, received in rows],
-        )
-        inserted = connection.exec_driver_sql(_INSERT_HISTORY, arrays)
-        return {(transaction_id, digest) for transaction_id, digest in inserted}
-    # One writer at a time, so nobody adds a row between these two.
-    ids = {key[0] for key, _ in rows}
-    held = {
-        (transaction_id, digest)
-        for transaction_id, digest in connection.execute(_select_digests(), {"ids": _bind_ids(connection, ids)})
-    }
-    new = [(key, received) for key, received in rows if key not in held]
-    if new:
-        connection.execute(
-            sqlite.insert(voice_update),
-            [
-                {
-                    "transaction_id": key[0],
-                    "digest": key[1],
-                    "body": received.update.body,
-                    "received_at_ms": received.received_at_ms,
-                    "api_key_id": received.api_key_id,
-                }
-                for key, received in new
-            ],
-        )
-    return {key for key, _ in new}
+class Change(NamedTuple):
+    """What updates make of a transaction: the count of updates that was seen, what to write, and the new updates."""
+
+    seen: int
+    transaction: Transaction
+    new: Sequence[Received]
 
 
-def write_transactions(connection: Connection, merged: Mapping[str, tuple[int, Transaction]], now_ms: int) -> set[str]:
-    """Write transactions back, each only if its count of updates is still the one that was seen.
+def record_changes(connection: Connection, changes: Iterable[Change], now_ms: int) -> set[str]:
+    """Write transactions back and add what is new to the history, each only if nobody has changed it since it was seen.
 
-    `merged` gives for each id the count seen and the transaction to write. Returns the ids that were written; the
-    others have been changed by another process since they were read.
+    Both happen or neither does, for each transaction by itself. Returns the ids that were written.
     """
-    ordered = sorted(merged.items())
-    seen = [count for _, (count, _) in ordered]
-    transactions = [transaction for _, (_, transaction) in ordered]
+    ordered = sorted(changes, key=lambda change: change.transaction.transaction_id)
+    transactions = [change.transaction for change in ordered]
     positions = [transaction.position for transaction in transactions]
-    columns: dict[str, list[Any]] = {
-        "key": [transaction.transaction_id for transaction in transactions],
-        "seen": seen,
-        "updates": [transaction.updates for transaction in transactions],
-        "attempt": [position.attempt if position is not None else None for position in positions],
-        "digest": [position.digest if position is not None else None for position in positions],
-        **{name: [transaction.fields.get(name) for transaction in transactions] for name in FIELD_NAMES},
-        "inconsistent": [transaction.is_inconsistent for transaction in transactions],
-        "updated_at_ms": [now_ms] * len(transactions),
-    }
+    fields = [transaction.fields for transaction in transactions]
+    rows = (
+        [transaction.updates for transaction in transactions],
+        [position.attempt if position is not None else None for position in positions],
+        [position.digest if position is not None else None for position in positions],
+        *([given.get(name) for given in fields] for name in FIELD_NAMES),
+        [transaction.is_inconsistent for transaction in transactions],
+        [now_ms] * len(transactions),
+        [transaction.transaction_id for transaction in transactions],
+        [change.seen for change in ordered],
+    )
+    new = [received for change in ordered for received in change.new]
+    keys = [received.api_key_id for received in new]
+    history = (
+        [received.update.transaction_id for received in new],
+        [received.update.digest for received in new],
+        [received.update.body for received in new],
+        [received.received_at_ms for received in new],
+    )
     if connection.dialect.name == "postgresql":
-        written = connection.exec_driver_sql(_UPDATE_TRANSACTIONS, tuple(columns.values()))
-        return set(written.scalars())
-    # The lock that BEGIN IMMEDIATE took lets nobody change a row that was read under it.
-    rows = zip(*columns.values(), strict=True)
-    connection.execute(_update_one(), [dict(zip(columns, row, strict=True)) for row in rows])
-    return set(merged)
+        return set(connection.exec_driver_sql(_RECORD, (*rows, *history, keys)).scalars())
+    # Under the lock that BEGIN IMMEDIATE took nobody has changed a row since it was read.
+    connection.exec_driver_sql(_UPDATE_TRANSACTION, list(zip(*rows, strict=True)))
+    connection.exec_driver_sql(_INSERT_UPDATE, list(zip(*history, (key.hex for key in keys), strict=True)))
+    return {transaction.transaction_id for transaction in transactions}
 
 
 _WRITTEN: Mapping[str, str] = {
@@ -360,27 +445,51 @@ _WRITTEN: Mapping[str, str] = {
 """The columns that an update changes, with PostgreSQL's types."""
 
 
-def _unnest(types: Iterable[str]) -> str:
-    return "unnest(" + ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(types, start=1)) + ")"
+_HISTORY: Mapping[str, str] = {
+    "transaction_id": "text",
+    "digest": "bytea",
+    "body": "text",
+    "received_at_ms": "bigint",
+    "api_key_id": "uuid",
+}
+"""The columns of an update in the history, with PostgreSQL's types."""
 
 
-# The three statements of a batch on PostgreSQL, in its own words: SQLAlchemy's rendering of them, with a processor for
-# each value of each array, takes as long as a small batch itself. Names and types are ours, values are parameters.
-_SELECT_TRANSACTIONS = (
-    f"SELECT transaction_id, updates, attempt, digest, {', '.join(FIELD_NAMES)}"  # noqa: S608
-    " FROM voice_transaction WHERE transaction_id = ANY($1::text[])"
+def _unnest(types: Iterable[str], start: int = 1) -> str:
+    return "unnest(" + ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(types, start)) + ")"
+
+
+# The statements of a batch in each database's own words: SQLAlchemy's rendering of them, with a processor for each
+# value, takes as long as a small batch itself. Names and types are ours, values are parameters.
+_LOOK_UP = (
+    f"SELECT {', '.join(f't.{column.name}' for column in _ROW_COLUMNS)},"  # noqa: S608
+    " (SELECT h.digest FROM voice_update AS h WHERE h.transaction_id = sent.key AND h.digest = sent.digest)"
+    f" FROM {_unnest(['text', 'bytea'])} AS sent (key, digest)"
+    " JOIN voice_transaction AS t ON t.transaction_id = sent.key"
 )
-_INSERT_HISTORY = (
-    "INSERT INTO voice_update (transaction_id, digest, body, received_at_ms, api_key_id)"  # noqa: S608
-    f" SELECT * FROM {_unnest(['text', 'bytea', 'text', 'bigint', 'uuid'])}"
-    " ON CONFLICT DO NOTHING RETURNING transaction_id, digest"
-)
-_UPDATE_TRANSACTIONS = (
-    f"UPDATE voice_transaction SET {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"  # noqa: S608
-    f" FROM {_unnest(['text', 'integer', *_WRITTEN.values()])} AS new (key, seen, {', '.join(_WRITTEN)})"
+# One statement, so one transaction: a row and its history change together, or neither does. docs/decisions/0010.
+_RECORD = (
+    f"WITH written AS (UPDATE voice_transaction SET {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"  # noqa: S608
+    f" FROM {_unnest([*_WRITTEN.values(), 'text', 'integer'])} AS new ({', '.join(_WRITTEN)}, key, seen)"
     " WHERE voice_transaction.transaction_id = new.key AND voice_transaction.updates = new.seen"
-    " RETURNING voice_transaction.transaction_id"
+    " RETURNING voice_transaction.transaction_id),"
+    f" history AS (INSERT INTO voice_update ({', '.join(_HISTORY)}) SELECT received.*"
+    f" FROM {_unnest(_HISTORY.values(), len(_WRITTEN) + 3)} AS received (key, {', '.join(list(_HISTORY)[1:])})"
+    " WHERE (received.key IN (SELECT transaction_id FROM written)) IS TRUE)"
+    " SELECT transaction_id FROM written"
 )
+_LOOK_UP_TRANSACTIONS = (
+    f"SELECT {', '.join(column.name for column in _ROW_COLUMNS)} FROM voice_transaction"  # noqa: S608
+    " WHERE transaction_id IN (SELECT value FROM json_each(?))"
+)
+_LOOK_UP_DIGESTS = (
+    "SELECT transaction_id, digest FROM voice_update WHERE transaction_id IN (SELECT value FROM json_each(?))"
+)
+_UPDATE_TRANSACTION = (
+    f"UPDATE voice_transaction SET {', '.join(f'{name} = ?' for name in _WRITTEN)}"  # noqa: S608
+    " WHERE transaction_id = ? AND updates = ?"
+)
+_INSERT_UPDATE = f"INSERT INTO voice_update ({', '.join(_HISTORY)}) VALUES ({', '.join('?' for _ in _HISTORY)})"  # noqa: S608
 
 
 def _bind_ids(connection: Connection, ids: Collection[str]) -> Any:
@@ -413,28 +522,7 @@ def _insert_ids(dialect: str) -> Executable:
 
 
 @cache
-def _select_transactions() -> Executable:
-    return select(*_ROW_COLUMNS).where(_match_ids("sqlite", voice_transaction.c.transaction_id))
-
-
-@cache
 def _select_history(dialect: str) -> Executable:
     return select(voice_update.c.transaction_id, voice_update.c.body).where(
         _match_ids(dialect, voice_update.c.transaction_id)
-    )
-
-
-@cache
-def _select_digests() -> Executable:
-    return select(voice_update.c.transaction_id, voice_update.c.digest).where(
-        _match_ids("sqlite", voice_update.c.transaction_id)
-    )
-
-
-@cache
-def _update_one() -> Executable:
-    return (
-        update(voice_transaction)
-        .values({name: bindparam(name) for name in _WRITTEN})
-        .where(voice_transaction.c.transaction_id == bindparam("key"), voice_transaction.c.updates == bindparam("seen"))
     )
