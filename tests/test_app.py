@@ -1,20 +1,23 @@
-"""The front door and the FastAPI application behind it: the same answers, by whichever of them a request is met."""
+"""The application and the protocol before it, which answers updates the short way: the same answers by both."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from bodies import encode, make_body
 from voicetx import auth
-from voicetx.app import FrontDoor, create_app
+from voicetx.app import create_app
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH
 from voicetx.deployments import create_deployment, register_transactions
+from voicetx.http_protocol import ContractProtocol
 from voicetx.services import Services
 from voicetx.settings import Settings
 
@@ -36,6 +39,36 @@ async def running_app(database_url: str, **values: Any) -> AsyncIterator[tuple[F
             return auth.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE])[1]
 
         yield app, services, await services.store.write(prepare)
+
+
+@asynccontextmanager
+async def served_app(database_url: str, **values: Any) -> AsyncIterator[tuple[FastAPI, str, str]]:
+    """Serve an application on a port and return it with its address and a secret key."""
+    async with running_app(database_url, **values) as (app, _, key):
+        config = uvicorn.Config(app, port=0, http=ContractProtocol, ws="none", log_config=None, server_header=False)
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0)
+        try:
+            yield app, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", key
+        finally:
+            server.should_exit = True
+            await task
+
+
+def count_requests_to(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows with each request to the update path that gets to the application."""
+    paths: list[str] = []
+    original = FastAPI.__call__
+
+    async def note(self: FastAPI, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == UPDATE_PATH:
+            paths.append(scope["path"])
+        await original(self, scope, receive, send)
+
+    monkeypatch.setattr(FastAPI, "__call__", note)
+    return paths
 
 
 def connect(app: Any) -> httpx.AsyncClient:
@@ -60,19 +93,102 @@ REQUESTS = [
 ]
 
 
-async def test_the_application_answers_as_the_front_door_does(database_url: str) -> None:
-    """Any ASGI client of the FastAPI application gets the answers that the front door gives, headers included."""
-    async with running_app(database_url) as (app, _, key):
+async def test_the_application_answers_as_the_short_way_does(database_url: str) -> None:
+    """Any ASGI client of the FastAPI application gets the answers that a dialer gets, headers included."""
+    async with served_app(database_url) as (app, address, key):
         for method, path, content in REQUESTS:
             for credential in [key, "vsk_unknown"]:
                 headers = {"authorization": f"Bearer {credential}", "x-request-id": "the-same"}
                 answers = []
-                for entrance in [FrontDoor(app), app]:
-                    async with connect(entrance) as client:
+                for client in [httpx.AsyncClient(base_url=address), connect(app)]:
+                    async with client:
                         answer = await client.request(method, path, content=content, headers=headers)
                     allow = sorted(answer.headers.pop("allow", "").split(", "))
+                    answer.headers.pop("date", None)
                     answers.append((answer.status_code, answer.content, allow, sorted(answer.headers.items())))
                 assert answers[0] == answers[1]
+
+
+async def test_updates_go_the_short_way(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update of a known dialer, whole or in pieces, does not get to the application; every other request does."""
+    async with served_app(database_url, credential_cache_seconds=4) as (app, address, key):
+        authorization = {"authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(base_url=address, headers=authorization) as client:
+            assert (await client.put(UPDATE_PATH, content=encode(make_body("tx-1")))).status_code == 200
+            paths = count_requests_to(app, monkeypatch)
+            for method in ("PUT", "POST", "PATCH"):
+                assert (await client.request(method, UPDATE_PATH, content=encode(make_body("tx-2")))).status_code == 200
+            assert (await client.put(UPDATE_PATH, content=encode(make_body("nobody")))).json()["code"] == 1010
+            async with pieces(address, key, encode(make_body("tx-3"))) as answers:
+                assert b" 200 " in answers[0]
+            assert paths == []
+            assert (await client.put(UPDATE_PATH, content=b"{")).json()["code"] == 1001
+            assert (await client.put(UPDATE_PATH, content=b"{}", headers={"expect": "100-continue"})).status_code == 500
+            assert (await client.get(UPDATE_PATH)).status_code == 405
+            assert paths == [UPDATE_PATH] * 3
+
+
+@asynccontextmanager
+async def pieces(address: str, key: str, *bodies: bytes, pause_after: int = 10) -> AsyncIterator[list[bytes]]:
+    """Send updates on one connection, one after the other without waiting, the body of the last in two pieces."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+    for body in bodies:
+        writer.write(
+            f"PUT {UPDATE_PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+            f"content-length: {len(body)}\r\n\r\n".encode()
+        )
+        writer.write(body[:pause_after] if body is bodies[-1] else body)
+        await writer.drain()
+    # The first piece is there for certain once another request has been answered.
+    async with httpx.AsyncClient(base_url=address) as client:
+        await client.get("/healthz")
+    writer.write(bodies[-1][pause_after:])
+    answers = []
+    for _ in bodies:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.findall(rb"content-length: (\d+)", head)[0])
+        answers.append(head + await reader.readexactly(length))
+    yield answers
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_pipelined_updates_are_answered_in_order(database_url: str) -> None:
+    """Of updates that are sent without waiting for answers, each is answered, in the order in which they were sent."""
+    async with served_app(database_url) as (_, address, key):
+        for _turn in range(2):  # the first time the dialer is not known yet
+            bodies = [encode(make_body(f"tx-{number}")) for number in range(9)]
+            bodies[4] = b"{}"
+            async with pieces(address, key, *bodies) as answers:
+                statuses = [int(answer.split()[1]) for answer in answers]
+                assert statuses == [200, 200, 200, 200, 500, 200, 200, 200, 200]
+                for number, answer in enumerate(answers):
+                    assert number == 4 or answer.endswith(f'{{"transaction-id":"tx-{number}"}}'.encode())
+
+
+async def test_a_body_that_comes_slowly_is_waited_for(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that takes longer than a moment is waited for on the way of every request, and its update recorded."""
+    monkeypatch.setattr("voicetx.http_protocol._PATIENCE_SECONDS", 0)
+    async with served_app(database_url) as (app, address, key):
+        paths = count_requests_to(app, monkeypatch)
+        async with pieces(address, key, encode(make_body("tx-3"))) as answers:
+            assert b" 200 " in answers[0]
+        assert paths == [UPDATE_PATH]
+
+
+async def test_a_long_body_is_refused_before_it_is_whole(database_url: str) -> None:
+    """A body past the limit is answered 413 while it is still being sent."""
+    async with served_app(database_url) as (_, address, key):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+        writer.write(
+            f"PUT {UPDATE_PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+            "transfer-encoding: chunked\r\n\r\n".encode()
+        )
+        for _ in range(7):
+            writer.write(b"2710\r\n" + b" " * 10_000 + b"\r\n")
+        assert b" 413 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_a_route_that_came_through_a_router_is_throttled(database_url: str) -> None:
@@ -92,45 +208,44 @@ async def test_an_unforeseen_exception_is_answered_in_the_contracts_shape(
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    async with running_app(database_url) as (app, _, key):
+    async with served_app(database_url) as (app, address, key):
         monkeypatch.setattr("voicetx.api.updates.parse", fail)
         monkeypatch.setattr("voicetx.migrations.check", fail)
-        for entrance in [FrontDoor(app), app]:
-            async with connect(entrance) as client:
-                for method, path in [("PUT", UPDATE_PATH), ("GET", "/readyz")]:
+        for client in [httpx.AsyncClient(base_url=address), connect(app)]:
+            async with client:
+                for method, path in [("PUT", UPDATE_PATH), ("GET", "/readyz"), ("PUT", UPDATE_PATH)]:
                     answer = await client.request(method, path, headers={"authorization": f"Bearer {key}"})
                     assert answer.json() == {"code": 500, "description": "Internal server error"}
                     assert (answer.status_code, bool(answer.headers["x-request-id"])) == (500, True)
 
 
 async def test_a_client_that_hangs_up_in_its_body_harms_nobody(database_url: str) -> None:
-    """A request that ends before its body does is dropped without an answer, by both entrances."""
+    """A request that ends before its body does is dropped without an answer."""
     async with running_app(database_url) as (app, _, key):
-        for entrance in [FrontDoor(app), app]:
-            sent: list[Any] = []
-            messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+        sent: list[Any] = []
+        messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
-            async def receive() -> Any:
-                return next(messages)  # noqa: B023 - called in this turn of the loop
+        async def receive() -> Any:
+            return next(messages)
 
-            async def send(message: Any) -> None:
-                sent.append(message)  # noqa: B023 - called in this turn of the loop
+        async def send(message: Any) -> None:
+            sent.append(message)
 
-            scope = {
-                "type": "http", "method": "PUT", "path": UPDATE_PATH, "raw_path": UPDATE_PATH.encode(),
-                "query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1",
-                "headers": [(b"authorization", f"Bearer {key}".encode())], "client": ("127.0.0.1", 1),
-                "server": ("voicetx", 80), "asgi": {"version": "3.0"}, "extensions": {}, "state": {},
-            }  # fmt: skip
-            await entrance(scope, receive, send)
-            assert sent == []
+        scope = {
+            "type": "http", "method": "PUT", "path": UPDATE_PATH, "raw_path": UPDATE_PATH.encode(),
+            "query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1",
+            "headers": [(b"authorization", f"Bearer {key}".encode())], "client": ("127.0.0.1", 1),
+            "server": ("voicetx", 80), "asgi": {"version": "3.0"}, "extensions": {}, "state": {},
+        }  # fmt: skip
+        await app(scope, receive, send)
+        assert sent == []
 
 
 async def test_a_body_that_does_not_come_is_408(database_url: str) -> None:
     """A client that does not send its body in time is told so, and holds nothing any longer."""
     async with (
         running_app(database_url, body_timeout_seconds=0.1) as (app, _, key),
-        connect(FrontDoor(app)) as client,
+        connect(app) as client,
     ):
 
         async def never() -> AsyncIterator[bytes]:

@@ -1,9 +1,7 @@
 """The application: what uvicorn serves.
 
-`FrontDoor` is the ASGI callable in front: it answers the update path itself, since FastAPI's middlewares and dependency
-solving are the largest cost of an update, and hands everything else to the FastAPI application, on which the update
-path is declared too, with the same function behind it. Whichever of the two answers, the answer carries a request id
-and leaves one log line.
+Every endpoint is on this FastAPI application, that of the updates too, though `voicetx.http_protocol` answers most of
+those before they get here. Each answer carries a request id and leaves one log line.
 """
 
 import time
@@ -22,12 +20,12 @@ from voicetx.api.answers import (
     ClientGone,
     answer_error,
     choose_request_id,
+    log_request,
     note_for_log,
     send_answer,
     to_response,
 )
 from voicetx.api.openapi import complete_openapi
-from voicetx.auth import ApiUser
 from voicetx.contract import UPDATE_PATH
 from voicetx.errors import Rejected
 from voicetx.logs import configure_logging
@@ -35,18 +33,18 @@ from voicetx.services import Services
 from voicetx.settings import Settings
 from voicetx.store import StoreUnavailable
 
-_log = structlog.get_logger("voicetx.request")
+_log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the FastAPI application; its lifespan opens the database and closes it when all is answered."""
 
     @asynccontextmanager
-    async def run_services(app: FastAPI) -> AsyncIterator[None]:
+    async def run_services(app: FastAPI) -> AsyncIterator[dict[str, Services]]:
         services = await Services.start(settings)
         app.state.services = services
         try:
-            yield
+            yield {"services": services}  # where the protocol finds them
         finally:
             await services.close()
 
@@ -66,42 +64,19 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def create_front_door() -> "FrontDoor":
+def create_served_app() -> FastAPI:
     """Return what uvicorn serves, set up from the environment; called once in each worker process."""
     settings = Settings()
     configure_logging(settings.log_format)
-    return FrontDoor(create_app(settings))
+    return create_app(settings)
 
 
 async def _answer_exception(request: Request, error: Exception) -> Response:
     answer = answer_error(error)
+    if answer.status == updates.REFUSED_METHOD.status and request.scope["path"] == UPDATE_PATH:
+        answer = updates.REFUSED_METHOD  # names the methods in the contract's order
     note_for_log(request.scope, code=answer.code)
     return to_response(answer)
-
-
-class FrontDoor:
-    """Answers updates itself and hands every other request to the application."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's scope, as ASGI has it."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, _without_traceback(send))
-            return
-        if scope["type"] != "http" or scope["path"] != UPDATE_PATH:
-            await self._app(scope, receive, send)
-            return
-        started = time.perf_counter()
-        request_id = choose_request_id(scope["headers"])
-        try:
-            answer, user = await updates.answer_update(self._app.state.services, scope, receive)
-        except ClientGone:
-            _write_line(scope, request_id, started, path=UPDATE_PATH)
-            return
-        await send_answer(send, answer, request_id)
-        _write_line(scope, request_id, started, path=UPDATE_PATH, code=answer.code, user=user)
 
 
 def _without_traceback(send: Send) -> Send:
@@ -125,7 +100,7 @@ class RequestLine:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's scope, as ASGI has it."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _without_traceback(send))
             return
         started = time.perf_counter()
         request_id = choose_request_id(scope["headers"])
@@ -152,24 +127,4 @@ class RequestLine:
         code, user = scope.get("state", {}).get("voicetx.log", (status, None))
         # The path as it was declared: what a client put in it may be personal.
         path = getattr(scope.get("route"), "path", "unknown")
-        _write_line(scope, request_id, started, path=path, code=code, user=user)
-
-
-def _write_line(
-    scope: Scope,
-    request_id: bytes,
-    started: float,
-    *,
-    path: str,
-    code: int | None = None,
-    user: ApiUser | None = None,
-) -> None:
-    _log.info(
-        "request" if code is not None else "request.abandoned",
-        request_id=request_id.decode("ascii"),
-        method=scope["method"],
-        path=path,
-        api_user=user.name if user is not None else None,
-        code=code,
-        milliseconds=round((time.perf_counter() - started) * 1000, 2),
-    )
+        log_request(scope, request_id, started, path=path, code=code, user=user)

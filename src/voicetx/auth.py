@@ -130,7 +130,7 @@ class Authenticator:
         found = await self._find(secret_key.encode(), address)
         if not hmac.compare_digest(str(found.user.api_key_id).encode(), api_key_id.strip().lower().encode()):
             self._fail(address)
-        if (admission := self._throttle.admit(str(found.user.api_key_id), found.user.call_limit)) is not None:
+        if (admission := self._throttle.admit(found.user.api_key_id, found.user.call_limit)) is not None:
             await admission
         token = _TOKEN_PREFIX + secrets.token_urlsafe(32)
         now_ms = _now_ms()

@@ -11,7 +11,7 @@ another window for as long.
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
@@ -118,7 +118,7 @@ class Throttle:
     def __init__(self, settings: Settings) -> None:
         self._limiter = Limiter(key_func=_name_user, default_limits=[settings.throttle], storage_uri="memory://")
         self._default = settings.throttle
-        self._leases: dict[tuple[str, str], _Lease] = {}
+        self._leases: dict[tuple[Hashable, str], _Lease] = {}
         self._sign_in_limit = _read_limit(settings.sign_in_throttle)
         self._sign_in_window = -1
         self._failed_sign_ins: dict[str, int] = {}
@@ -145,7 +145,22 @@ class Throttle:
                 connection_pool=self._pool,  # type: ignore[arg-type]  # documented, but not in limits' annotation
             )
 
-    def admit(self, user: str, limit: str | None, cost: int = 1) -> Awaitable[None] | None:
+    def spend(self, user: Hashable, limit: str | None) -> bool:
+        """Count a call if that is as quick as it can be: leased already, or to be asked in this process only.
+
+        Where it returns False nothing is counted, and `admit` tells more.
+        """
+        lease = self._find_lease(user, self._default if limit is None else limit)
+        lease.enter(lease.find_window())
+        if lease.left < 1 and (self._redis is not None or lease.is_exhausted):
+            return False
+        try:
+            self._decide(lease, 1)
+        except ThrottleReached:
+            return False
+        return True
+
+    def admit(self, user: Hashable, limit: str | None, cost: int = 1) -> Awaitable[None] | None:
         """Count `cost` calls of a user under its own limit, or the default where that is None.
 
         Returns None where the calls are admitted, or, on the event loop and with Redis only, an awaitable where it has
@@ -182,13 +197,13 @@ class Throttle:
         if self._pool is not None:
             await self._pool.aclose()
 
-    def _find_lease(self, user: str, text: str) -> _Lease:
+    def _find_lease(self, user: Hashable, text: str) -> _Lease:
         # As many as there are API users: they are few, and strangers make none.
         lease = self._leases.get((user, text))
         if lease is None:
             limit = _read_limit(text)
             size = max(1, limit.limit.amount // _LEASES_IN_A_WINDOW)
-            lease = self._leases[user, text] = _Lease(user, limit, limit.limit.get_expiry(), size)
+            lease = self._leases[user, text] = _Lease(str(user), limit, limit.limit.get_expiry(), size)
         return lease
 
     def _count_by_network(self) -> dict[str, int]:

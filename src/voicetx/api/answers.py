@@ -6,6 +6,7 @@ Every endpoint's refusals end here, in the shape of contract section 3, and ever
 
 import random
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
 _REFUSAL_BY_STATUS = {404: Refusal.NOT_FOUND, 405: Refusal.METHOD_NOT_SUPPORTED}
 
 _log = structlog.get_logger(__name__)
+_request_log = structlog.get_logger("voicetx.request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +126,24 @@ async def send_answer(send: Send, answer: Answer, request_id: bytes) -> None:
     headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body)), (b"x-request-id", request_id)]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
+
+
+def log_request(
+    scope: Scope,
+    request_id: bytes,
+    started: float,
+    *,
+    path: str,
+    code: int | None = None,
+    user: ApiUser | None = None,
+) -> None:
+    """Write a request's one log line; `started` is the performance counter's, no `code` says it was abandoned."""
+    _request_log.info(
+        "request" if code is not None else "request.abandoned",
+        request_id=request_id.decode("ascii"),
+        method=scope["method"],
+        path=path,
+        api_user=user.name if user is not None else None,
+        code=code,
+        milliseconds=round((time.perf_counter() - started) * 1000, 2),
+    )

@@ -109,7 +109,7 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
 
 async def _take_line(services: Services, user: ApiUser, line: _Line) -> bytes | _Pending:
     try:
-        if (admission := services.throttle.admit(str(user.api_key_id), user.call_limit)) is not None:
+        if (admission := services.throttle.admit(user.api_key_id, user.call_limit)) is not None:
             await admission
         if line.text is None:
             return _refuse(line.number, Rejected(Refusal.BODY_TOO_LARGE))

@@ -1,9 +1,14 @@
 """The update endpoint: a dialer reports what became of a call.
 
 `answer_update` is the whole way of an update in the order of contract section 3: method, credential, grant, throttle,
-body, rules, store. The front door calls it directly; the FastAPI route below calls the same function, and gives it its
-place in the OpenAPI document. Nothing here knows how any of those steps is done.
+body, rules, store. `submit_at_once` takes the same steps for an update that none of them keeps waiting and none
+refuses, which is what nearly all are; `voicetx.http_protocol` calls it. The FastAPI route below does the rest, and
+gives the path its place in the OpenAPI document. Nothing here knows how any of those steps is done.
 """
+
+from asyncio import Future, get_running_loop
+from dataclasses import replace
+from typing import NamedTuple
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -21,12 +26,62 @@ from voicetx.api.answers import (
 from voicetx.api.bodies import read_body
 from voicetx.api.openapi import UPDATE_REQUEST, describe_update_answers
 from voicetx.auth import ApiUser, Grant
-from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, parse
+from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, Update, parse
 from voicetx.errors import Refusal, Rejected
+from voicetx.recording import Outcome, Recorder
 from voicetx.services import Services
 
 _METHODS = frozenset(UPDATE_METHODS)
-_ALLOW = ((b"allow", ", ".join(UPDATE_METHODS).encode()),)
+_REFUSED = answer_refusal(Rejected(Refusal.METHOD_NOT_SUPPORTED))
+
+REFUSED_METHOD = replace(_REFUSED, headers=(*_REFUSED.headers, (b"allow", ", ".join(UPDATE_METHODS).encode())))
+"""The answer to a method that is not supported on the update path."""
+
+
+class Submitted(NamedTuple):
+    """An update that is on its way to the disk; the future tells what became of it."""
+
+    user: ApiUser
+    update: Update
+    outcome: "Future[Outcome]"
+
+
+def submit_at_once(services: Services, scope: Scope, body: bytes) -> Submitted | None:
+    """Submit an update of which every step can be taken now; return None, with nothing done, for any other."""
+    if scope["method"] not in _METHODS or len(body) > services.settings.body_limit_bytes:
+        return None
+    user = _recall(services, scope)
+    if user is None or Grant.TRANSACTIONS_UPDATE not in user.grants:
+        return None
+    try:
+        update = parse(body)
+    except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is answered
+        return None
+    if not services.throttle.spend(user.api_key_id, user.call_limit):
+        return None
+    try:
+        outcome = services.recorder.submit(update, user.api_key_id)
+    except Exception as error:  # noqa: BLE001 - the call is counted, so this is the way on which it is answered
+        outcome = get_running_loop().create_future()
+        outcome.set_exception(error)
+    return Submitted(user, update, outcome)
+
+
+def answer_outcome(submitted: Submitted) -> Answer:
+    """Return the answer to an update whose outcome is known."""
+    try:
+        outcome = submitted.outcome.result()
+    except Exception as error:  # noqa: BLE001 - each becomes its answer
+        return answer_error(Recorder.explain(error))
+    return (
+        answer_refusal(Rejected(Refusal.NOT_PROCESSED))
+        if outcome is Outcome.UNKNOWN
+        else _answer_recorded(submitted.update)
+    )
+
+
+def _answer_recorded(update: Update) -> Answer:
+    return answer_success(b'{"transaction-id":' + orjson.dumps(update.transaction_id) + b"}")
 
 
 async def answer_update(services: Services, scope: Scope, receive: Receive) -> tuple[Answer, ApiUser | None]:
@@ -35,13 +90,12 @@ async def answer_update(services: Services, scope: Scope, receive: Receive) -> t
     Every failure becomes an answer here. Raises `ClientGone` only.
     """
     if scope["method"] not in _METHODS:
-        answer = answer_refusal(Rejected(Refusal.METHOD_NOT_SUPPORTED))
-        return Answer(answer.status, answer.code, answer.body, answer.headers + _ALLOW), None
+        return REFUSED_METHOD, None
     user: ApiUser | None = None
     try:
         user = await sign_in(services, scope)
         require_grant(user, Grant.TRANSACTIONS_UPDATE)
-        if (admission := services.throttle.admit(str(user.api_key_id), user.call_limit)) is not None:
+        if (admission := services.throttle.admit(user.api_key_id, user.call_limit)) is not None:
             await admission
         body = await read_body(
             scope,
@@ -55,21 +109,27 @@ async def answer_update(services: Services, scope: Scope, receive: Receive) -> t
         raise
     except Exception as error:  # noqa: BLE001 - each becomes its answer, and the unforeseen ones a log line too
         return answer_error(error), user
-    return answer_success(b'{"transaction-id":' + orjson.dumps(update.transaction_id) + b"}"), user
+    return _answer_recorded(update), user
 
 
 async def sign_in(services: Services, scope: Scope) -> ApiUser:
     """Return the API user that the request's `authorization` header names; raises as `Authenticator` does."""
-    authorization = None
+    user = _recall(services, scope)
+    if user is not None:
+        return user
+    return await services.authenticator.authenticate(_find_authorization(scope), client_address(scope))
+
+
+def _recall(services: Services, scope: Scope) -> ApiUser | None:
+    authorization = _find_authorization(scope)
+    return services.authenticator.recall(authorization) if authorization is not None else None
+
+
+def _find_authorization(scope: Scope) -> bytes | None:
     for name, value in scope["headers"]:
         if name == b"authorization":
-            authorization = value
-            break
-    if authorization is not None:
-        user = services.authenticator.recall(authorization)
-        if user is not None:
-            return user
-    return await services.authenticator.authenticate(authorization, client_address(scope))
+            return bytes(value)
+    return None
 
 
 def require_grant(user: ApiUser, grant: Grant) -> None:

@@ -62,7 +62,7 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
     configure_logging(settings.log_format)
     listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
-        "voicetx.app:create_front_door",
+        "voicetx.app:create_served_app",
         factory=True,
         http=ContractProtocol,
         workers=settings.workers,
