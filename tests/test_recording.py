@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from uuid import uuid4
@@ -175,7 +174,7 @@ async def test_two_processes_on_the_same_transactions_lose_nothing(store: Store,
 
 def poison(received: Received) -> Received:
     """Return an update that the database refuses: as if validation had let something through."""
-    return replace(received, received_at_ms=2**70)
+    return received._replace(received_at_ms=2**70)
 
 
 async def test_a_value_that_the_database_refuses_fails_alone(store: Store) -> None:

@@ -7,8 +7,7 @@ HTTP nor the database. Source: docs/contract.md, sections 1 and 2.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
@@ -220,8 +219,7 @@ class Position(NamedTuple):
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """One update that keeps every rule.
 
     `fields` are those that apply to the transaction, by Python name, trimmed, without the transaction id. `digest`
@@ -256,7 +254,7 @@ def parse(body: bytes) -> Update:
     model = TromboneBody if given.get("call-source") == TROMBONE_SOURCE else UpdateBody
     nul_faults = _find_nul(raw) if b"\\u0000" in body else []
     try:
-        _VALIDATORS[model].validate_python(given)
+        _VALIDATORS[model](given)
     except ValidationError as error:
         _reject(error.errors(include_url=False, include_context=False, include_input=False), nul_faults, raw)
     if nul_faults:
@@ -271,8 +269,8 @@ def restore(body: str) -> Update:
     return _build(given, encoded, has_only_text=has_only_text)
 
 
-_VALIDATORS: Mapping[type[UpdateBody], TypeAdapter[Any]] = {
-    model: TypeAdapter(model) for model in (UpdateBody, TromboneBody)
+_VALIDATORS: Mapping[type[UpdateBody], Callable[[Any], Any]] = {
+    model: TypeAdapter(model).validator.validate_python for model in (UpdateBody, TromboneBody)
 }
 
 

@@ -5,8 +5,9 @@ Source: docs/contract.md, section 5.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from operator import attrgetter
+from types import MappingProxyType
+from typing import NamedTuple
 
 from voicetx.contract import Position, Update
 
@@ -17,8 +18,7 @@ _ONLY_BEFORE_ANSWER = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Transaction:
+class Transaction(NamedTuple):
     """A transaction as its updates have made it.
 
     `fields` by Python name; `position` is the place of the newest update in the total order, None while nothing was
@@ -26,7 +26,7 @@ class Transaction:
     """
 
     transaction_id: str
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = MappingProxyType({})
     position: Position | None = None
     updates: int = 0
 

@@ -13,7 +13,6 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -299,8 +298,7 @@ def _describe(error: BaseException) -> str:
     return f"{name} ({state})" if state else name
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """An update, who sent it and when it came in."""
 
     update: Update
@@ -331,11 +329,12 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     found: dict[str, Found] = {}
     if connection.dialect.name == "postgresql":
         pairs = sorted((transaction_id, digest) for transaction_id, digests in updates.items() for digest in digests)
-        for row in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))):
-            if row[0] not in found:
-                found[row[0]] = Found(_to_transaction(row[:-1]), set())
-            if row[-1] is not None:
-                found[row[0]].held.add(row[-1])
+        for *values, digest in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))):
+            transaction_id = values[0]
+            if transaction_id not in found:
+                found[transaction_id] = Found(_to_transaction(values), set())
+            if digest is not None:
+                found[transaction_id].held.add(digest)
         return found
     ids = (orjson.dumps(sorted(updates)).decode(),)
     for row in connection.exec_driver_sql(_LOOK_UP_TRANSACTIONS, ids):
@@ -351,9 +350,7 @@ def _to_transaction(row: Sequence[Any]) -> Transaction:
     if attempt is None:
         return Transaction(transaction_id)
     fields = {name: value for name, value in zip(FIELD_NAMES, values, strict=True) if value is not None}
-    position = Position(
-        attempt, fields["call_endtime"], fields["call_starttime"], int(fields["call_state"]), bytes(digest)
-    )
+    position = Position(attempt, fields["call_endtime"], fields["call_starttime"], int(fields["call_state"]), digest)
     return Transaction(transaction_id, fields, position, updates)
 
 

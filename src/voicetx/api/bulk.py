@@ -7,7 +7,7 @@ that sends before it listens would otherwise wait for us as we for it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,12 +99,18 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
             if len(unfinished) % _LINES_A_TURN == 0:
                 await asyncio.sleep(0)
             if len(unfinished) >= _LINES_A_TURN * _TURNS_AHEAD:
-                await asyncio.wait([pending.outcome for pending in unfinished[: len(unfinished) // 2]])
+                await _wait_for(unfinished[: len(unfinished) // 2])
                 unfinished = unfinished[len(unfinished) // 2 :]
-    if unfinished:
-        await asyncio.wait([pending.outcome for pending in unfinished])
+    await _wait_for(unfinished)
     lines = (answer if isinstance(answer, bytes) else _conclude(answer) for answer in answers)
     return Answer(200, 200, b"".join(lines), _NDJSON)
+
+
+async def _wait_for(lines: Iterable[_Pending]) -> None:
+    # One by one: they are committed in their order, so most are done by the time that they are looked at.
+    for pending in lines:
+        if not pending.outcome.done():
+            await asyncio.wait([pending.outcome])
 
 
 async def _take_line(services: Services, user: ApiUser, line: _Line) -> bytes | _Pending:
