@@ -130,7 +130,7 @@ BAD_VALUES = [
     ("VOICETX_TRUSTED_PROXIES", "10.0.0.0/8, proxy"),
     ("VOICETX_HOST", ""),
     ("VOICETX_PORT", "70000"),
-    ("VOICETX_WORKERS", "0"),
+    ("VOICETX_WORKERS", "-1"),
     ("VOICETX_UNKNOWN_TRANSACTIONS", "ignore"),
 ]
 
@@ -168,7 +168,7 @@ def test_every_bad_value_is_named_at_once(tmp_path: Path) -> None:
 
 def test_the_environment_counts_more_than_the_file(tmp_path: Path) -> None:
     """A variable of the environment overrides the same one in the file `.env`."""
-    (tmp_path / ".env").write_text("VOICETX_TIMEZONE=Europe/Atlantis\nVOICETX_WORKERS=0\n", encoding="utf-8")
+    (tmp_path / ".env").write_text("VOICETX_TIMEZONE=Europe/Atlantis\nVOICETX_WORKERS=65\n", encoding="utf-8")
     done = check_database(VOICETX_TIMEZONE="Europe/Berlin")
     assert "VOICETX_TIMEZONE" not in done.stderr
     assert "VOICETX_WORKERS: " in done.stderr

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -579,3 +580,40 @@ async def test_a_password_is_not_logged(start_valkey: Callable[[], Valkey]) -> N
                 assert await call(throttle) == 0
             assert [line["reason"] for line in lines] == [reason]
             assert "hunter2" not in str(lines)
+
+
+async def test_processes_of_one_instance_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of a common file, several throttles admit together exactly what the limit says, window after window."""
+    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock)
+    async with open_throttle() as one, open_throttle() as other:
+        for _window in range(3):
+            admitted = [one.spend("user", "9/minute") + other.spend("user", "9/minute") for _ in range(20)]
+            assert sum(admitted) == 9
+            clock.now += 60
+
+
+async def test_a_common_file_that_fails_leaves_calls_counted_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the common file cannot be written, a process counts for itself and says so."""
+    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    async with open_throttle() as throttle:
+        throttle._counts._connection.execute("DROP TABLE count")  # type: ignore[union-attr]
+        with capture_logs() as lines:
+            assert [throttle.spend("user", "2/day") for _ in range(3)] == [True, True, False]
+    assert {line["event"] for line in lines} == {"throttle.counts_away"}
+
+
+async def test_the_common_file_keeps_no_count_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of windows that are long over are taken out of the common file."""
+    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock)
+    async with open_throttle() as throttle:
+        for _ in range(5):
+            assert throttle.spend("user", "1/minute")
+            clock.now += 1000
+        [(kept,)] = throttle._counts._connection.execute("SELECT count(*) FROM count")  # type: ignore[union-attr]
+    assert kept == 1

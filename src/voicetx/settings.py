@@ -102,12 +102,17 @@ class Settings(BaseSettings):
     )
     redis_url: Annotated[SecretStr | None, AfterValidator(check_redis_url)] = Field(
         None,
-        description="Where several processes count calls together: redis://HOST:PORT. Empty: each process counts"
+        description="Where several instances count calls together: redis://HOST:PORT. Empty: each instance counts"
         " its own.",
     )
     host: str = Field("127.0.0.1", min_length=1, description="The address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
-    workers: int = Field(1, ge=1, le=64, description="How many processes serve.")
+    workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="How many processes serve. 0: one on SQLite, and one for each processor, at most 4, on PostgreSQL.",
+    )
     trusted_proxies: Annotated[str, AfterValidator(check_proxies)] = Field(
         "",
         description="Proxies whose X-Forwarded-For names the client: addresses or networks, comma-separated, or *."
@@ -156,7 +161,12 @@ class Settings(BaseSettings):
         le=60,
         description="How long an update may wait for its commit before it is answered 500.",
     )
-    database_pool_size: int = Field(5, ge=1, le=100, description="PostgreSQL connections that each process keeps.")
+    database_pool_size: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="PostgreSQL connections that each process keeps, beside the one on which updates are committed.",
+    )
     shutdown_timeout_seconds: int = Field(
         10, ge=1, le=300, description="How long a stopping process waits for requests that are under way."
     )

@@ -10,12 +10,15 @@ another window for as long.
 """
 
 import asyncio
+import os
+import sqlite3
 import time
 from collections.abc import Awaitable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from math import ceil
+from pathlib import Path
 
 import structlog
 from limits import parse
@@ -30,7 +33,11 @@ from starlette.requests import Request
 
 from voicetx.settings import Settings
 
+COUNTS_FILE_VARIABLE = "VOICETX_COUNTS_FILE"
+"""The environment variable in which `voicetx serve` tells its processes where they count calls together. No setting."""
+
 _LEASES_IN_A_WINDOW = 50
+_COUNTS_TIMEOUT_SECONDS = 0.1
 _REDIS_CONNECTIONS = 16
 _KEPT_AFTER_WINDOW_SECONDS = 60  # a count outlives its window, for who asks at its very end or by a slow clock
 _ADDRESSES_MOST = 100_000
@@ -105,18 +112,53 @@ class _Lease:
         self.is_local = is_local
 
 
+class _SharedCounts:
+    """Counts that the processes of one instance keep together, in a file that need not outlive them.
+
+    Raises `sqlite3.Error` where the file cannot be had, as on a disk that is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, timeout=_COUNTS_TIMEOUT_SECONDS, isolation_level=None)
+        for statement in (
+            "PRAGMA journal_mode = WAL",
+            "PRAGMA synchronous = OFF",
+            "CREATE TABLE IF NOT EXISTS count (key TEXT PRIMARY KEY, calls INTEGER, kept_until REAL) WITHOUT ROWID",
+        ):
+            self._connection.execute(statement).close()
+
+    def incr(self, key: str, expiry: int, amount: int) -> int:
+        """Count `amount` more of `key`, which is kept for `expiry` seconds at least, and return where it stands."""
+        now = time.time()
+        [(counted,)] = self._connection.execute(
+            "INSERT INTO count VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET calls = calls + excluded.calls"
+            " RETURNING calls",
+            (key, amount, now + expiry + _KEPT_AFTER_WINDOW_SECONDS),
+        ).fetchall()
+        if counted == amount:  # the first in its window: those of long ago go
+            self._connection.execute("DELETE FROM count WHERE kept_until < ?", (now,)).close()
+        return int(counted)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+
 class Throttle:
     """Counts calls and failed sign-ins; one a process, closed with `close`.
 
     Calls are taken from the store some at a time (a lease: one fiftieth of the limit, at least one, or as many as wait
-    for it) and spent here. Without Redis the store is this process's memory, and limits are exact. With Redis all
-    processes count together: a limit is never exceeded, limits below 100 are exact, and a larger one may be reached
-    early by what the other processes hold leased, a fiftieth of it each. While Redis is away each process counts for
-    itself, and still admits no more than the limit; `fallbacks` is the number of calls that were so decided.
+    for it) and spent here. Where one process serves, the store is its memory, and limits are exact. Several processes
+    of one instance count together in a file, those of several instances with Redis: a limit is never exceeded, limits
+    below 100 are exact, and a larger one may be reached early by what the other processes hold leased, a fiftieth of it
+    each. While Redis is away each instance counts for itself, and still admits no more than the limit; `fallbacks` is
+    the number of calls that were so decided.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._limiter = Limiter(key_func=_name_user, default_limits=[settings.throttle], storage_uri="memory://")
+        counts_file = os.environ.get(COUNTS_FILE_VARIABLE)
+        self._counts = _SharedCounts(Path(counts_file)) if counts_file else None
         self._default = settings.throttle
         self._leases: dict[tuple[Hashable, str], _Lease] = {}
         self._sign_in_limit = _read_limit(settings.sign_in_throttle)
@@ -196,6 +238,8 @@ class Throttle:
         await asyncio.gather(*(lease.asking for lease in self._leases.values() if lease.asking is not None))
         if self._pool is not None:
             await self._pool.aclose()
+        if self._counts is not None:
+            self._counts.close()
 
     def _find_lease(self, user: Hashable, text: str) -> _Lease:
         # As many as there are API users: they are few, and strangers make none.
@@ -219,12 +263,22 @@ class Throttle:
         """Spend from the lease, topped up from the local store where it can be, or raise `ThrottleReached`."""
         if lease.left < cost and not lease.is_exhausted:
             asked = max(cost, lease.size)
-            counted = self._limiter.limiter.storage.incr(lease.key, lease.length_seconds, amount=asked)
+            counted = self._count_here(lease, asked)
             lease.add(asked, counted, is_local=self._redis is not None)
         self.fallbacks += lease.is_local
         if lease.left < cost:
             raise _refuse(lease.limit, lease.ends_at)
         lease.left -= cost
+
+    def _count_here(self, lease: _Lease, asked: int) -> int:
+        """Count in the store of this instance: a file where it has several processes, else this one's memory."""
+        if self._counts is not None:
+            try:
+                return self._counts.incr(lease.key, lease.length_seconds, asked)
+            except sqlite3.Error as error:
+                _log.warning("throttle.counts_away", reason=str(error))
+        counted: int = self._limiter.limiter.storage.incr(lease.key, lease.length_seconds, amount=asked)
+        return counted
 
     async def _ask(self, redis: RedisStorage, lease: _Lease) -> None:
         """Decide on all calls that wait for a lease; those that come in meanwhile share the next question."""

@@ -3,9 +3,9 @@
 import asyncio
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +20,6 @@ from voicetx.deployments import DeploymentError
 from voicetx.settings import LogFormat, Settings
 from voicetx.store import open_store
 
-_BACKLOG = 2048
-_WORKER_PATIENCE_SECONDS = 60  # a worker that starts on a busy machine must not be taken for a dead one
 _DEMO_NAME = "demo"
 _DEMO_TRANSACTIONS = 100
 
@@ -33,7 +31,8 @@ def serve(
     host: Host = None,
     port: Port = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=64, help="How many processes serve. [VOICETX_WORKERS]")
+        int | None,
+        typer.Option(min=0, max=64, help="How many processes serve; 0: as many as pay. [VOICETX_WORKERS]"),
     ] = None,
 ) -> None:
     """Serve updates until SIGTERM or Ctrl-C, which answer everybody who waits first."""
@@ -53,53 +52,24 @@ async def _prepare(settings: Settings) -> None:
 
 def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> None:
     # Imported here: the other commands start faster without them.
-    import uvicorn  # noqa: PLC0415
-    from uvicorn.supervisors import Multiprocess  # noqa: PLC0415
-
-    from voicetx.http_protocol import ContractProtocol  # noqa: PLC0415
+    from voicetx import workers  # noqa: PLC0415
     from voicetx.logs import configure_logging  # noqa: PLC0415
 
     configure_logging(settings.log_format)
-    listener = _listen(settings.host, settings.port)
-    config = uvicorn.Config(
-        "voicetx.app:create_served_app",
-        factory=True,
-        http=ContractProtocol,
-        workers=settings.workers,
-        lifespan="on",
-        ws="none",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies or None,
-        timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
-        backlog=_BACKLOG,
-        timeout_worker_healthcheck=_WORKER_PATIENCE_SECONDS,
-    )
+    count = workers.count_workers(settings)
+    try:
+        listeners = workers.listen(settings.host, settings.port, count)
+    except OSError as error:
+        raise CommandError(f"Cannot listen on {settings.host}, port {settings.port}: {error.strerror}.") from error
     if announce is not None:
-        host, port = listener.getsockname()[:2]
+        host, port = listeners[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - what was bound, for people
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    server = uvicorn.Server(config)
-    with listener:
-        if settings.workers > 1:
-            Multiprocess(config, sockets=[listener]).run()
-        else:
-            server.run(sockets=[listener])
-    if not server.started and settings.workers == 1:
-        raise CommandError("The service did not start; the lines above say why.")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # From now on a client that connects waits to be served; it is not refused.
-        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise CommandError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from error
-    listener.set_inheritable(True)
-    return listener
+    with ExitStack() as closing:
+        for listener in listeners:
+            closing.enter_context(listener)
+        if not workers.run(settings, listeners, count):
+            raise CommandError("The service did not start; the lines above say why.")
 
 
 def demo(

@@ -1,0 +1,122 @@
+"""The processes that serve: how many there are, and how connections are shared out among them.
+
+`voicetx serve` calls this before anything of an update happens. Each process has a listener of its own on the same port
+(SO_REUSEPORT, Linux), among which the kernel shares connections out: on a common listener one process was seen to take
+51 of 64. The listeners stay open here: while a process starts again, its new connections wait. Knows no request.
+"""
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
+
+from voicetx.http_protocol import ContractProtocol
+from voicetx.settings import Settings
+from voicetx.throttle import COUNTS_FILE_VARIABLE
+
+_BACKLOG = 2048
+_PATIENCE_SECONDS = 60  # a worker that starts on a busy machine must not be taken for a dead one
+_MOST_BY_DEFAULT = 4
+_HAS_SHARED_PORTS = sys.platform == "linux"
+
+
+def count_workers(settings: Settings) -> int:
+    """Return how many processes serve: as told, or else as many as pay.
+
+    A file has one writer at a time, so one process; a server database as many as there are processors, at most four.
+    """
+    if settings.workers > 0:
+        return settings.workers
+    if settings.database_url.get_secret_value().startswith("sqlite:"):
+        return 1
+    return max(1, min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)) if _HAS_SHARED_PORTS else os.cpu_count() or 1))
+
+
+def listen(host: str, port: int, workers: int) -> list[socket.socket]:
+    """Return listeners on an address, one for each process; raises OSError where it cannot be had or is in use.
+
+    From now on a client that connects waits to be served; it is not refused.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    if workers == 1 or not _HAS_SHARED_PORTS:
+        return [_open(address[:2], family, shares_port=False)]
+    # A shared port may be bound once more by anybody of the same user: first make sure that nobody has it.
+    with _open(address[:2], family, shares_port=False) as probe:
+        free_address = probe.getsockname()[:2]
+    return [_open(free_address, family, shares_port=True) for _ in range(workers)]
+
+
+def _open(address: Any, family: int, *, shares_port: bool) -> socket.socket:
+    listener = socket.create_server(address, family=family, backlog=_BACKLOG, reuse_port=shares_port)
+    listener.set_inheritable(True)
+    return listener
+
+
+def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) -> bool:
+    """Serve until SIGTERM or SIGINT; say whether it ever got as far as serving."""
+    config = uvicorn.Config(
+        "voicetx.app:create_served_app",
+        factory=True,
+        http=ContractProtocol,
+        workers=workers,
+        lifespan="on",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies or None,
+        timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
+        backlog=_BACKLOG,
+        timeout_worker_healthcheck=_PATIENCE_SECONDS,
+    )
+    if workers == 1:
+        server = uvicorn.Server(config)
+        server.run(sockets=[listeners[0]])
+        return server.started
+    with tempfile.TemporaryDirectory(prefix="voicetx-") as folder:
+        # Without Redis the processes count calls together in a file, which is gone when they are.
+        os.environ[COUNTS_FILE_VARIABLE] = str(Path(folder) / "counts.db")
+        _Workers(config, listeners).run()
+    return True
+
+
+class _Workers(Multiprocess):
+    """uvicorn's supervisor, with a listener for each process instead of one for all."""
+
+    def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket]) -> None:
+        super().__init__(config, sockets=[])
+        self._listeners = [listeners[number % len(listeners)] for number in range(config.workers)]
+
+    def init_processes(self) -> None:
+        """Start every process."""
+        for listener in self._listeners:
+            process = Process(self.config, [listener])
+            process.start()
+            self.processes.append(process)
+
+    def keep_subprocess_alive(self) -> None:
+        """Start those again that have died."""
+        self._one_by_one(super().keep_subprocess_alive)
+
+    def restart_all(self) -> None:
+        """Replace every process."""
+        self._one_by_one(super().restart_all)
+
+    def _one_by_one(self, step: Callable[[], None]) -> None:
+        """Have uvicorn do to each process what it does to all, with that process's listener."""
+        everybody = self.processes
+        try:
+            for number, listener in enumerate(self._listeners):
+                self.processes, self.sockets = [everybody[number]], [listener]
+                step()
+                everybody[number] = self.processes[0]
+        finally:
+            self.processes = everybody
