@@ -70,3 +70,10 @@ USE_NODE = if command -v npm >/dev/null && node -e 'process.exit(parseInt(proces
 .PHONY: test
 test: $(VENV)/.dev .tools/newman-6.2.2  ## run every test, real PostgreSQL and Valkey included (ARGS="-k name" picks some)
 	@$(USE_NODE); $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+.PHONY: bench bench-quick
+bench: $(VENV)/.dev  ## measure side by side with what one would write instead (15 minutes; needs wrk, and Go and Node.js for two peers)
+	$(BIN)/python bench/run.py $(ARGS)
+
+bench-quick: $(VENV)/.dev  ## the same in a minute and a half: one short round, only a hint
+	$(BIN)/python bench/run.py --quick $(ARGS)

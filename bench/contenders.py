@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import platform_side
-from servers import PostgreSQL, Server
-
 from load import IDS
-
+from servers import PostgreSQL, Server
 
 _PEERS = Path(__file__).parent / "peers"
 _TOOLS = Path(__file__).parents[1] / ".tools" / "bench"
 _TEMPLATE = "bench_template"
+_NPM_INSTALL = ("install", "--silent", "--no-save", "--no-package-lock", "--no-audit", "--no-fund")
 _FASTIFY = ("fastify@5.12.8", "pg@8.23.1")
 
 
@@ -117,8 +116,7 @@ def install_fastify() -> list[str | Path] | str:
     if not (_TOOLS / "node_modules" / "pg").exists():
         _TOOLS.mkdir(parents=True, exist_ok=True)
         subprocess.run(
-            [npm, "install", "--silent", "--no-save", "--no-package-lock", "--no-audit", "--no-fund"]
-            + ["--prefix", str(_TOOLS), *_FASTIFY],
+            [npm, *_NPM_INSTALL, "--prefix", str(_TOOLS), *_FASTIFY],
             check=True,
             stdin=subprocess.DEVNULL,
         )

@@ -37,9 +37,9 @@ def run_wrk(port: int, key: str, *, connections: int, seconds: int, script: str 
     """Load a service of 127.0.0.1 with wrk, one thread; `lines` is the number of updates in a request."""
     wrk = find_wrk()
     assert wrk is not None
+    options = ("--timeout", "30s", "--latency", "-s")
     printed = subprocess.run(
-        [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "--latency", "-s", _HERE / script]
-        + [f"http://127.0.0.1:{port}"],
+        [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", *options, _HERE / script, f"http://127.0.0.1:{port}"],
         env=os.environ | {"BENCH_KEY": key, "BENCH_IDS": str(IDS), "BENCH_LINES": str(lines)},
         capture_output=True,
         text=True,
@@ -62,8 +62,18 @@ def run_pgbench(database: servers.PostgreSQL, url: str, *, clients: int, seconds
     """Have pgbench run the two statements of an update in a transaction, prepared, without any HTTP."""
     with tempfile.TemporaryDirectory(prefix="voicetx-pgbench-") as folder:
         printed = subprocess.run(
-            [database.program("pgbench"), "--no-vacuum", "--protocol=prepared", f"--client={clients}", "--jobs=1"]
-            + [f"--time={seconds}", f"--define=ids={IDS}", f"--file={_HERE / 'peers' / 'pgbench.sql'}", "--log", url],
+            [
+                database.program("pgbench"),
+                "--no-vacuum",
+                "--protocol=prepared",
+                f"--client={clients}",
+                "--jobs=1",
+                f"--time={seconds}",
+                f"--define=ids={IDS}",
+                f"--file={_HERE / 'peers' / 'pgbench.sql'}",
+                "--log",
+                url,
+            ],
             cwd=folder,
             capture_output=True,
             text=True,

@@ -120,3 +120,64 @@ def test_a_database_that_goes_away_and_comes_back() -> None:
             server.start()
             wait_until(lambda: send("afterwards").status_code == 200, "Updates did not recover")
             assert client.get("/readyz").status_code == 200
+
+
+def read_metrics(service: Service) -> dict[str, float]:
+    """Return every figure by its name and labels."""
+    text = httpx.get(f"{service.base_url}/metrics").text
+    lines = (line for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_figures_add_up_whichever_process_is_asked(database_url: str, workers: int) -> None:
+    """Answers by code, updates by outcome, stale, inconsistent and throttled ones are counted once each, together."""
+    register(database_url, ["tx-1", "tx-2"])
+    _, key = make_user(database_url, call_limit="21/day")
+    bodies = [
+        *(make_body("tx-1", call_endtime=f"2026-03-01 09:0{number}:00.000") for number in (1, 5, 3)),
+        make_body("tx-2", call_state="2", drop_code="2005"),
+        make_body("nobody"),
+        make_body("tx-1", call_state="9"),
+    ]
+    with Service(database_url, workers=workers) as service:
+        answers = [
+            # A connection each, so that every process is met.
+            httpx.put(service.base_url + UPDATE_PATH, content=encode(body), headers={"authorization": f"Bearer {key}"})
+            for body in bodies * 4
+        ]
+        httpx.put(service.base_url + UPDATE_PATH, headers={"authorization": "Bearer vsk_guessed"})
+        for _ in range(4):
+            figures = read_metrics(service)
+            codes = {
+                code: figures.get(f'voicetx_answers_total{{code="{code}",path="{UPDATE_PATH}"}}', 0)
+                for code in (200, 1010, 499, 429, 498)
+            }
+            assert sum(codes.values()) == 25
+            assert codes == {200: 15, 1010: 3, 499: 3, 429: 3, 498: 1}
+            outcomes = {name: figures[f'voicetx_updates_total{{outcome="{name}"}}'] for name in OUTCOMES}
+            assert outcomes == {"recorded": 4, "repeated": 11, "unknown": 3}
+            assert figures["voicetx_stale_updates_total"] == 1
+            assert figures["voicetx_inconsistent_transactions_total"] == 1
+            assert figures["voicetx_throttled_calls_total"] == 3
+            assert figures["voicetx_failed_sign_ins_total"] == 1
+            assert figures["voicetx_batch_updates_sum"] == 18
+            assert figures["voicetx_commit_seconds_count"] == figures["voicetx_batch_updates_count"]
+            assert figures[f'voicetx_answer_seconds_count{{path="{UPDATE_PATH}"}}'] == 25
+    assert len(answers) == 24
+
+
+OUTCOMES = ("recorded", "repeated", "unknown")
+
+
+def test_no_figure_names_anybody(service: Service, database_url: str) -> None:
+    """What is shown at /metrics holds no transaction id, API user, key, number or path of a client's making."""
+    register(database_url, ["tx-canary"])
+    _, key = make_user(database_url, "user-canary")
+    body = make_body("tx-canary", a_party="+4955512345")
+    with httpx.Client(base_url=service.base_url, headers={"authorization": f"Bearer {key}"}) as client:
+        assert client.put(UPDATE_PATH, content=encode(body)).status_code == 200
+        assert client.put("/path-canary", content=encode(body)).status_code == 404
+        text = client.get("/metrics").text
+    assert "voicetx_answers_total" in text
+    assert not [secret for secret in ("canary", "55512345", key) if secret in text]

@@ -6,13 +6,15 @@ Source: docs/contract.md, section 5.
 
 import time
 from asyncio import Future
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection
 
+from voicetx import metrics
 from voicetx.contract import Update
 from voicetx.errors import Refusal, Rejected
 from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
@@ -42,6 +44,9 @@ class Outcome(Enum):
     RECORDED = "recorded"
     REPEATED = "repeated"
     UNKNOWN = "unknown"
+
+
+_OUTCOMES = {outcome: metrics.UPDATES.labels(outcome.value) for outcome in Outcome}
 
 
 class Recorder:
@@ -109,9 +114,20 @@ class Recorder:
                 return error
 
     async def _commit(self, batch: Sequence[Received]) -> list[Outcome]:
-        return await self._store.write_in_steps(
-            lambda connection: commit_batch(connection, batch, registers_unknown=self._registers_unknown)
-        )
+        metrics.WAITING.set(self._committer.waiting)
+        metrics.BATCH_UPDATES.observe(len(batch))
+        started = time.perf_counter()
+        try:
+            outcomes = await self._store.write_in_steps(
+                lambda connection: commit_batch(connection, batch, registers_unknown=self._registers_unknown)
+            )
+        except Exception:
+            metrics.FAILED_COMMITS.inc()
+            raise
+        metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
+        for outcome, count in Counter(outcomes).items():
+            _OUTCOMES[outcome].inc(count)
+        return outcomes
 
 
 def commit_batch(
@@ -140,6 +156,7 @@ def commit_batch(
         changes = _merge(connection, found, waiting)
         written = record_changes(connection, changes.values(), now_ms) if changes else set()
         recorded.update(id(received) for transaction_id in written for received in changes[transaction_id].new)
+        _count(changes[transaction_id] for transaction_id in written)
         waiting = {transaction_id: waiting[transaction_id] for transaction_id in changes.keys() - written}
     return [
         Outcome.UNKNOWN
@@ -149,6 +166,17 @@ def commit_batch(
         else Outcome.REPEATED
         for received in batch
     ]
+
+
+def _count(written: Iterable[Change]) -> None:
+    stale = inconsistent = 0
+    for change in written:
+        inconsistent += change.transaction.is_inconsistent
+        stale += sum(received.update.position != change.transaction.position for received in change.new)
+    if stale:
+        metrics.STALE.inc(stale)
+    if inconsistent:
+        metrics.INCONSISTENT.inc(inconsistent)
 
 
 def _merge(
@@ -165,6 +193,7 @@ def _merge(
             if merged is None:
                 late.append(transaction_id)
     if late:
+        metrics.REFOLDED.inc(len(late))
         # Of a history that has grown since the transaction was read nothing is written back.
         for transaction_id, history in read_history(connection, late).items():
             change = changes[transaction_id]

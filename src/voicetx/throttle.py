@@ -31,6 +31,7 @@ from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit
 from starlette.requests import Request
 
+from voicetx import metrics
 from voicetx.settings import Settings
 
 COUNTS_FILE_VARIABLE = "VOICETX_COUNTS_FILE"
@@ -196,10 +197,11 @@ class Throttle:
         lease.enter(lease.find_window())
         if lease.left < 1 and (self._redis is not None or lease.is_exhausted):
             return False
-        try:
-            self._decide(lease, 1)
-        except ThrottleReached:
+        self._top_up(lease, 1)
+        if lease.left < 1:
             return False
+        self._note_decision(lease)
+        lease.left -= 1
         return True
 
     def admit(self, user: Hashable, limit: str | None, cost: int = 1) -> Awaitable[None] | None:
@@ -227,6 +229,7 @@ class Throttle:
 
     def count_failed_sign_in(self, address: str) -> None:
         """Count a failed sign-in of an address; an IPv6 address counts for its /64, a name for itself."""
+        metrics.FAILED_SIGN_INS.inc()
         counts, network = self._count_by_network(), _name_network(address)
         if len(counts) >= _ADDRESSES_MOST:
             # Who commands that many addresses is not held up by counting them; memory has to be bounded.
@@ -261,14 +264,21 @@ class Throttle:
 
     def _decide(self, lease: _Lease, cost: int) -> None:
         """Spend from the lease, topped up from the local store where it can be, or raise `ThrottleReached`."""
-        if lease.left < cost and not lease.is_exhausted:
-            asked = max(cost, lease.size)
-            counted = self._count_here(lease, asked)
-            lease.add(asked, counted, is_local=self._redis is not None)
-        self.fallbacks += lease.is_local
+        self._top_up(lease, cost)
+        self._note_decision(lease)
         if lease.left < cost:
             raise _refuse(lease.limit, lease.ends_at)
         lease.left -= cost
+
+    def _top_up(self, lease: _Lease, cost: int) -> None:
+        if lease.left < cost and not lease.is_exhausted:
+            asked = max(cost, lease.size)
+            lease.add(asked, self._count_here(lease, asked), is_local=self._redis is not None)
+
+    def _note_decision(self, lease: _Lease) -> None:
+        if lease.is_local:
+            self.fallbacks += 1
+            metrics.THROTTLE_FALLBACKS.inc()
 
     def _count_here(self, lease: _Lease, asked: int) -> int:
         """Count in the store of this instance: a file where it has several processes, else this one's memory."""
@@ -366,6 +376,7 @@ def _name_user(request: Request) -> str:
 
 
 def _refuse(limit: Limit, ends_at: float) -> ThrottleReached:
+    metrics.THROTTLED.inc()
     return ThrottleReached(limit, max(1, ceil(ends_at - time.time())))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.multiprocess import Process
 
@@ -84,6 +85,10 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
     with tempfile.TemporaryDirectory(prefix="voicetx-") as folder:
         # Without Redis the processes count calls together in a file, which is gone when they are.
         os.environ[COUNTS_FILE_VARIABLE] = str(Path(folder) / "counts.db")
+        # And they add up their figures from files there (prometheus_client reads this variable when it is imported).
+        figures = Path(folder) / "figures"
+        figures.mkdir()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(figures)
         _Workers(config, listeners).run()
     return True
 
@@ -117,6 +122,9 @@ class _Workers(Multiprocess):
             for number, listener in enumerate(self._listeners):
                 self.processes, self.sockets = [everybody[number]], [listener]
                 step()
+                if self.processes[0] is not everybody[number]:
+                    # Nothing waits in its queue any more.
+                    mark_process_dead(everybody[number].pid)  # type: ignore[no-untyped-call]  # the library's
                 everybody[number] = self.processes[0]
         finally:
             self.processes = everybody

@@ -9,15 +9,18 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
 import structlog
+from prometheus_client import Counter, Histogram
 from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope, Send
 
+from voicetx import metrics
 from voicetx.auth import ApiUser
 from voicetx.errors import Fault, Refusal, Rejected
 from voicetx.store import StoreUnavailable
@@ -137,7 +140,17 @@ def log_request(
     code: int | None = None,
     user: ApiUser | None = None,
 ) -> None:
-    """Write a request's one log line; `started` is the performance counter's, no `code` says it was abandoned."""
+    """Write a request's one log line and count it.
+
+    `started` is the performance counter's; no `code` says that the client hung up before the request was whole.
+    """
+    seconds = time.perf_counter() - started
+    if code is None:
+        metrics.ABANDONED.inc()
+    else:
+        answers, answer_seconds = _find_counters(path, code)
+        answers.inc()
+        answer_seconds.observe(seconds)
     _request_log.info(
         "request" if code is not None else "request.abandoned",
         request_id=request_id.decode("ascii"),
@@ -145,5 +158,11 @@ def log_request(
         path=path,
         api_user=user.name if user is not None else None,
         code=code,
-        milliseconds=round((time.perf_counter() - started) * 1000, 2),
+        milliseconds=round(seconds * 1000, 2),
     )
+
+
+@lru_cache(maxsize=4096)
+def _find_counters(path: str, code: int) -> tuple[Counter, Histogram]:
+    # Paths are those of routes, as declared, and codes those of the table: there are few of either.
+    return metrics.ANSWERS.labels(path, code), metrics.ANSWER_SECONDS.labels(path)

@@ -29,7 +29,7 @@ BULK_PATH = "/api/v1/updates"
 
 _NDJSON = ((b"content-type", b"application/x-ndjson"),)
 _LINES_A_TURN = 64  # then others have theirs: single updates must not wait for a whole chunk
-_TURNS_AHEAD = 32
+_TURNS_AHEAD = 8
 
 router = APIRouter(tags=["Updates"])
 

@@ -1,13 +1,15 @@
-"""What those who operate the service ask it: is the process alive, is it ready for calls.
+"""What those who operate the service ask it: is the process alive, is it ready for calls, what has it been doing.
 
-Neither endpoint needs a credential and neither says more than yes or no, and why not.
+No endpoint here needs a credential, and none says anything of a person, a transaction or an API user.
 """
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from voicetx import migrations
+from voicetx import metrics, migrations
 from voicetx.api.answers import Answer, to_response
 from voicetx.migrations import SchemaOutdated
 from voicetx.services import Services
@@ -50,6 +52,17 @@ async def check_readiness(request: Request) -> Response:
     is_ready = database == "ready" and committer == "running"
     readiness = Readiness(status="ready" if is_ready else "not ready", database=database, committer=committer)
     return to_response(Answer(200 if is_ready else 503, 200, orjson.dumps(readiness.model_dump())))
+
+
+@router.get(
+    "/metrics",
+    summary="What has it been doing?",
+    response_class=PlainTextResponse,
+    responses={200: {"description": "every figure, of all processes together, in Prometheus' text format"}},
+)
+async def show_metrics() -> Response:
+    """Answer with counts and times only: nothing in them names a person, a transaction or an API user."""
+    return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _describe_database(services: Services) -> str:

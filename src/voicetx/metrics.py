@@ -1,0 +1,73 @@
+"""What the service counts about itself, for Prometheus.
+
+Every module counts here what it alone knows; `voicetx.api.operations` shows it at /metrics. Where several processes
+serve, each keeps its figures in files of its own (PROMETHEUS_MULTIPROC_DIR, which `voicetx.workers` sets before this
+is imported), and whichever is asked adds them up. No label holds anything that a dialer sends.
+"""
+
+import os
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+_own = CollectorRegistry()
+
+ANSWERS = Counter("voicetx_answers", "Answers given, by path and the contract's code.", ["path", "code"], registry=_own)
+ABANDONED = Counter(
+    "voicetx_abandoned_requests", "Requests whose client hung up before they were whole.", registry=_own
+)
+ANSWER_SECONDS = Histogram(
+    "voicetx_answer_seconds",
+    "How long a request took to be answered.",
+    ["path"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+    registry=_own,
+)
+UPDATES = Counter(
+    "voicetx_updates", "Updates of a batch that was committed, by what became of them.", ["outcome"], registry=_own
+)
+STALE = Counter(
+    "voicetx_stale_updates", "Updates recorded that were not the newest of their transaction.", registry=_own
+)
+REFOLDED = Counter(
+    "voicetx_refolded_transactions", "Transactions merged anew from their history, for a late update.", registry=_own
+)
+INCONSISTENT = Counter(
+    "voicetx_inconsistent_transactions",
+    "Transactions written whose call-state and drop-code contradict each other.",
+    registry=_own,
+)
+BATCH_UPDATES = Histogram(
+    "voicetx_batch_updates",
+    "How many updates were committed together.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    registry=_own,
+)
+COMMIT_SECONDS = Histogram(
+    "voicetx_commit_seconds",
+    "How long the commit of a batch took.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+    registry=_own,
+)
+FAILED_COMMITS = Counter("voicetx_failed_commits", "Commits that the database did not take.", registry=_own)
+WAITING = Gauge(
+    "voicetx_waiting_updates",
+    "Updates that waited for the next batch when the last one began.",
+    registry=_own,
+    multiprocess_mode="livesum",
+)
+THROTTLED = Counter("voicetx_throttled_calls", "Calls refused by the throttle.", registry=_own)
+THROTTLE_FALLBACKS = Counter(
+    "voicetx_throttle_fallbacks", "Calls decided on without Redis, because it is away.", registry=_own
+)
+FAILED_SIGN_INS = Counter("voicetx_failed_sign_ins", "Credentials that nobody has.", registry=_own)
+
+
+def render() -> bytes:
+    """Return every figure of this instance, all its processes together, in Prometheus' text format."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None:
+        return generate_latest(_own)
+    together = CollectorRegistry()
+    MultiProcessCollector(together, folder)  # type: ignore[no-untyped-call]  # the library's
+    return generate_latest(together)
