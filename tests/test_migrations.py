@@ -2,15 +2,22 @@
 
 import asyncio
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from alembic.script import ScriptDirectory
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import text
 
+from bodies import encode, updates_of
 from servers import PostgreSQL
 from voicetx import migrations
+from voicetx.contract import parse
+from voicetx.merge import Transaction, fold
 from voicetx.migrations import HEAD, SchemaOutdated
-from voicetx.store import Store
+from voicetx.recording import commit_batch
+from voicetx.store import Received, Store, look_up
 
 pytestmark = pytest.mark.anyio
 
@@ -70,8 +77,40 @@ async def test_only_an_embedded_database_is_upgraded_unasked(empty_url: str) -> 
     await store.close()
 
 
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(updates=st.lists(updates_of("tx-1"), min_size=1, max_size=6))
+def test_transactions_of_the_first_version_go_on_as_if_nothing_had_happened(
+    database_url: str, updates: list[dict[str, str]]
+) -> None:
+    """After an upgrade from version 0001 each transaction is known as its whole history makes it."""
+    from alembic import command  # noqa: PLC0415 - slow, and two tests'
+
+    transaction_id = f"tx-{uuid4()}"
+    distinct = {
+        update.digest: update
+        for update in (parse(encode(body | {"transaction-id": transaction_id})) for body in updates)
+    }
+
+    async def run() -> Transaction:
+        store = Store(database_url)
+        try:
+            await store.write(
+                lambda connection: commit_batch(
+                    connection, [Received(update, uuid4(), 1) for update in distinct.values()], registers_unknown=True
+                )
+            )
+            await store.write(lambda connection: command.downgrade(migrations.configure(connection), "0001"))
+            await migrations.upgrade(store)
+            found = await store.read(lambda connection: look_up(connection, {transaction_id: [b""]}))
+            return found[transaction_id].transaction
+        finally:
+            await store.close()
+
+    assert asyncio.run(run()) == fold(transaction_id, distinct.values())
+
+
 async def test_downgrading_leaves_nothing_behind(database_url: str) -> None:
-    """The first version's downgrade drops all that its upgrade made."""
+    """The downgrades drop all that the upgrades made."""
     from alembic import command  # noqa: PLC0415 - slow, and one test's
 
     store = Store(database_url)

@@ -5,6 +5,7 @@ Source: docs/contract.md, section 5.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,13 +23,15 @@ class Transaction(NamedTuple):
     """A transaction as its updates have made it.
 
     `fields` by Python name; `position` is the place of the newest update in the total order, None while nothing was
-    reported; `updates` counts the different updates, repeats not among them.
+    reported; `updates` counts the different updates, repeats not among them. `older` has, for each field that the
+    newest update did not give, the place of the one that gave it: so a late update finds its own without the history.
     """
 
     transaction_id: str
     fields: Mapping[str, str] = MappingProxyType({})
     position: Position | None = None
     updates: int = 0
+    older: Mapping[str, Position] = MappingProxyType({})
 
     @property
     def is_inconsistent(self) -> bool:
@@ -43,41 +46,28 @@ def contradicts(call_state: str, drop_code: str) -> bool:
     return drop_code in _ONLY_BEFORE_ANSWER
 
 
-def apply(transaction: Transaction, update: Update) -> Transaction | None:
-    """Return the transaction with one more update, or None where only its whole history can tell (see `fold`).
+def apply(transaction: Transaction, update: Update) -> Transaction:
+    """Return the transaction with one more update, which must not be a repeat.
 
-    The update must not be a repeat. None is returned for an update of the shown attempt that came late and gives a
-    field another value than the one shown: the update which gave that value may be older or newer than this one.
+    Whatever the order in which updates come, each field shows what the last one of the newest attempt to give it gave.
     """
     shown, position, updates = transaction.position, update.position, transaction.updates + 1
     if shown is None or position.attempt > shown.attempt:
         return Transaction(transaction.transaction_id, update.fields, position, updates)
     if position.attempt < shown.attempt:
-        return Transaction(transaction.transaction_id, transaction.fields, shown, updates)
+        return transaction._replace(updates=updates)
     if position > shown:
-        return Transaction(transaction.transaction_id, {**transaction.fields, **update.fields}, position, updates)
-    newest = transaction.fields
-    if any(
-        newest.get(name, value) != value for name, value in update.fields.items() if name not in _ALWAYS_FROM_NEWEST
-    ):
-        return None
-    return Transaction(transaction.transaction_id, {**update.fields, **newest}, shown, updates)
-
-
-_ALWAYS_FROM_NEWEST = frozenset({"call_starttime", "call_endtime", "call_source", "call_state", "drop_code"})
+        fields = {**transaction.fields, **update.fields}
+        older = {name: transaction.older.get(name, shown) for name in transaction.fields.keys() - update.fields.keys()}
+        return Transaction(transaction.transaction_id, fields, position, updates, older)
+    fields, older = dict(transaction.fields), dict(transaction.older)
+    for name, value in update.fields.items():
+        if name not in fields or position > older.get(name, shown):
+            fields[name] = value
+            older[name] = position
+    return Transaction(transaction.transaction_id, fields, shown, updates, older)
 
 
 def fold(transaction_id: str, history: Iterable[Update]) -> Transaction:
-    """Return the transaction that a whole history makes: the overlay, in order, of the newest attempt's updates.
-
-    The history holds no repeats; its order is of no matter.
-    """
-    ordered = sorted(history, key=attrgetter("position"))
-    if not ordered:
-        return Transaction(transaction_id)
-    newest = ordered[-1].position
-    fields: dict[str, str] = {}
-    for update in ordered:
-        if update.position.attempt == newest.attempt:
-            fields |= update.fields
-    return Transaction(transaction_id, fields, newest, len(ordered))
+    """Return the transaction that a whole history makes; it holds no repeats, and its order is of no matter."""
+    return reduce(apply, sorted(history, key=attrgetter("position")), Transaction(transaction_id))

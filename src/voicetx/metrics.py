@@ -29,9 +29,6 @@ UPDATES = Counter(
 STALE = Counter(
     "voicetx_stale_updates", "Updates recorded that were not the newest of their transaction.", registry=_own
 )
-REFOLDED = Counter(
-    "voicetx_refolded_transactions", "Transactions merged anew from their history, for a late update.", registry=_own
-)
 INCONSISTENT = Counter(
     "voicetx_inconsistent_transactions",
     "Transactions written whose call-state and drop-code contradict each other.",

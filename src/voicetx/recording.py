@@ -18,7 +18,7 @@ from voicetx import metrics
 from voicetx.contract import Update
 from voicetx.errors import Refusal, Rejected
 from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
-from voicetx.merge import Transaction, apply, fold
+from voicetx.merge import apply
 from voicetx.settings import Settings, UnknownTransactions
 from voicetx.store import (
     Change,
@@ -28,7 +28,6 @@ from voicetx.store import (
     StoreUnavailable,
     ValueRefused,
     look_up,
-    read_history,
     record_changes,
     register_unassigned,
 )
@@ -153,7 +152,7 @@ def commit_batch(
             register_unassigned(connection, missing, now_ms)
             found |= look_up(connection, {transaction_id: waiting[transaction_id] for transaction_id in missing})
         unknown |= waiting.keys() - found.keys()
-        changes = _merge(connection, found, waiting)
+        changes = _merge(found, waiting)
         written = record_changes(connection, changes.values(), now_ms) if changes else set()
         recorded.update(id(received) for transaction_id in written for received in changes[transaction_id].new)
         _count(changes[transaction_id] for transaction_id in written)
@@ -179,31 +178,14 @@ def _count(written: Iterable[Change]) -> None:
         metrics.INCONSISTENT.inc(inconsistent)
 
 
-def _merge(
-    connection: Connection, found: Mapping[str, Found], waiting: Mapping[str, Mapping[bytes, Received]]
-) -> dict[str, Change]:
+def _merge(found: Mapping[str, Found], waiting: Mapping[str, Mapping[bytes, Received]]) -> dict[str, Change]:
     """Return, by id, the changes that those updates make which are in no history yet."""
     changes: dict[str, Change] = {}
-    late: list[str] = []
     for transaction_id, (transaction, held) in found.items():
         new = [received for digest, received in waiting[transaction_id].items() if digest not in held]
         if new:
-            merged = _apply_all(transaction, new)
-            changes[transaction_id] = Change(transaction.updates, merged or transaction, new)
-            if merged is None:
-                late.append(transaction_id)
-    if late:
-        metrics.REFOLDED.inc(len(late))
-        # Of a history that has grown since the transaction was read nothing is written back.
-        for transaction_id, history in read_history(connection, late).items():
-            change = changes[transaction_id]
-            updates = (*history, *(received.update for received in change.new))
-            changes[transaction_id] = change._replace(transaction=fold(transaction_id, updates))
+            merged = transaction
+            for received in new:
+                merged = apply(merged, received.update)
+            changes[transaction_id] = Change(transaction.updates, merged, new)
     return changes
-
-
-def _apply_all(transaction: Transaction, new: Sequence[Received]) -> Transaction | None:
-    merged: Transaction | None = transaction
-    for received in new:
-        merged = apply(merged, received.update) if merged is not None else None
-    return merged

@@ -91,6 +91,7 @@ voice_transaction = Table(
     Column("attempt", SmallInteger, comment="of the newest update, as all that follows"),
     Column("digest", LargeBinary(16)),
     *(Column(name, Text) for name in FIELD_NAMES),
+    Column("older", Text, comment="JSON: which fields an older update of the attempt gave, and its place in the order"),
     Column("inconsistent", Boolean, nullable=False, server_default="0"),
     Column("updated_at_ms", BigInteger),
 )

@@ -41,9 +41,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 
-from voicetx.contract import Position, Update, restore
+from voicetx.contract import Position, Update
 from voicetx.merge import Transaction
-from voicetx.schema import FIELD_NAMES, deployment, voice_transaction, voice_update
+from voicetx.schema import FIELD_NAMES, deployment, voice_transaction
 from voicetx.settings import Settings
 
 T = TypeVar("T")
@@ -311,6 +311,7 @@ _ROW_COLUMNS = (
     voice_transaction.c.updates,
     voice_transaction.c.attempt,
     voice_transaction.c.digest,
+    voice_transaction.c.older,
     *(voice_transaction.c[name] for name in FIELD_NAMES),
 )
 
@@ -346,22 +347,36 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
 
 
 def _to_transaction(row: Sequence[Any]) -> Transaction:
-    transaction_id, updates, attempt, digest, *values = row
+    transaction_id, updates, attempt, digest, older, *values = row
     if attempt is None:
         return Transaction(transaction_id)
     fields = {name: value for name, value in zip(FIELD_NAMES, values, strict=True) if value is not None}
     position = Position(attempt, fields["call_endtime"], fields["call_starttime"], int(fields["call_state"]), digest)
-    return Transaction(transaction_id, fields, position, updates)
+    return Transaction(transaction_id, fields, position, updates, _load_older(older, attempt) if older else {})
 
 
-def read_history(connection: Connection, ids: Collection[str]) -> dict[str, list[Update]]:
-    """Return every update ever recorded of these transactions, by transaction id."""
-    histories: dict[str, list[Update]] = {transaction_id: [] for transaction_id in ids}
-    for transaction_id, body in connection.execute(
-        _select_history(connection.dialect.name), {"ids": _bind_ids(connection, ids)}
-    ):
-        histories[transaction_id].append(restore(body))
-    return histories
+def _load_older(text: str, attempt: int) -> dict[str, Position]:
+    return {
+        name: position
+        for end, start, state, digest, names in orjson.loads(text)
+        for position in [Position(attempt, end, start, state, bytes.fromhex(digest))]
+        for name in names
+    }
+
+
+def dump_older(older: Mapping[str, Position]) -> str | None:
+    """Return the column `older`: JSON, for each update that gave a field its place and the fields; None for none."""
+    if not older:
+        return None
+    names: dict[Position, list[str]] = {}
+    for name, position in older.items():
+        names.setdefault(position, []).append(name)
+    return orjson.dumps(
+        [
+            (position.call_endtime, position.call_starttime, position.call_state, position.digest.hex(), given)
+            for position, given in names.items()
+        ]
+    ).decode()
 
 
 def register_unassigned(connection: Connection, ids: Collection[str], now_ms: int) -> None:
@@ -409,6 +424,7 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
         [transaction.updates for transaction in transactions],
         [position.attempt if position is not None else None for position in positions],
         [position.digest if position is not None else None for position in positions],
+        [dump_older(transaction.older) for transaction in transactions],
         *([given.get(name) for given in fields] for name in FIELD_NAMES),
         [transaction.is_inconsistent for transaction in transactions],
         [now_ms] * len(transactions),
@@ -435,6 +451,7 @@ _WRITTEN: Mapping[str, str] = {
     "updates": "integer",
     "attempt": "smallint",
     "digest": "bytea",
+    "older": "text",
     **dict.fromkeys(FIELD_NAMES, "text"),
     "inconsistent": "boolean",
     "updated_at_ms": "bigint",
@@ -516,10 +533,3 @@ def _insert_ids(dialect: str) -> Executable:
         rows = rows.where(true())  # tells ON CONFLICT from a join's ON: sqlite.org/lang_upsert.html, section 2.2
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
     return insert(voice_transaction).from_select(["transaction_id", "deployment_id"], rows).on_conflict_do_nothing()
-
-
-@cache
-def _select_history(dialect: str) -> Executable:
-    return select(voice_update.c.transaction_id, voice_update.c.body).where(
-        _match_ids(dialect, voice_update.c.transaction_id)
-    )
