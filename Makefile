@@ -77,3 +77,7 @@ bench: $(VENV)/.dev  ## measure side by side with what one would write instead (
 
 bench-quick: $(VENV)/.dev  ## the same in a minute and a half: one short round, only a hint
 	$(BIN)/python bench/run.py --quick $(ARGS)
+
+.PHONY: bench-growth
+bench-growth: $(VENV)/.dev  ## the same with ten million transactions (half an hour, 40 GB of disk)
+	$(BIN)/python bench/growth.py $(ARGS)

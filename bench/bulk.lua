@@ -1,4 +1,5 @@
 -- wrk asks for many updates at once: BENCH_LINES a request, each as in update.lua.
+local first = tonumber(os.getenv("BENCH_FIRST"))
 local ids = tonumber(os.getenv("BENCH_IDS"))
 local lines = tonumber(os.getenv("BENCH_LINES"))
 local head = "POST /api/v1/updates HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
@@ -23,7 +24,7 @@ function request()
       '{"transaction-id":"t%d","call-starttime":"2026-03-01 09:00:00.000","call-endtime":"2026-03-01 09:%02d:%02d.%03d",'
         .. '"call-source":"2","call-state":"5","drop-code":"2005","dtmf-digits":"1","message":"Call finished %d-%d",'
         .. '"times-attempted":"%d","a-party":"+15550100","b-party":"+15550199"}\n',
-      math.random(0, ids - 1), math.random(1, 59), math.random(0, 59), math.random(0, 999), number, sent, math.random(0, 3))
+      first + math.random(0, ids - 1), math.random(1, 59), math.random(0, 59), math.random(0, 999), number, sent, math.random(0, 3))
   end
   body = table.concat(body)
   return head .. #body .. "\r\n\r\n" .. body

@@ -46,11 +46,11 @@ class Peer(Server):
             connection.close()
 
 
-def prepare(database_url: str) -> str:
-    """Make the tables, an API user and the transactions of a bench; return the user's secret key."""
+def prepare(database_url: str, ids: int = IDS) -> str:
+    """Make the tables, an API user and so many transactions; return the user's secret key."""
     servers_run(database_url, "db", "upgrade")
     _, key = platform_side.make_user(database_url)
-    platform_side.register(database_url, [f"t{number}" for number in range(IDS)])
+    platform_side.register(database_url, [f"t{number}" for number in range(ids)])
     return key
 
 

@@ -33,14 +33,29 @@ def find_wrk() -> str | None:
     return shutil.which("wrk")
 
 
-def run_wrk(port: int, key: str, *, connections: int, seconds: int, script: str = "update.lua", lines: int = 1) -> Run:
+def run_wrk(
+    port: int,
+    key: str,
+    *,
+    connections: int,
+    seconds: int,
+    script: str = "update.lua",
+    lines: int = 1,
+    transactions: range = range(IDS),
+) -> Run:
     """Load a service of 127.0.0.1 with wrk, one thread; `lines` is the number of updates in a request."""
     wrk = find_wrk()
     assert wrk is not None
     options = ("--timeout", "30s", "--latency", "-s")
     printed = subprocess.run(
         [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", *options, _HERE / script, f"http://127.0.0.1:{port}"],
-        env=os.environ | {"BENCH_KEY": key, "BENCH_IDS": str(IDS), "BENCH_LINES": str(lines)},
+        env=os.environ
+        | {
+            "BENCH_KEY": key,
+            "BENCH_FIRST": str(transactions.start),
+            "BENCH_IDS": str(len(transactions)),
+            "BENCH_LINES": str(lines),
+        },
         capture_output=True,
         text=True,
         timeout=seconds + 60,

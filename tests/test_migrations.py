@@ -86,10 +86,8 @@ def test_transactions_of_the_first_version_go_on_as_if_nothing_had_happened(
     from alembic import command  # noqa: PLC0415 - slow, and two tests'
 
     transaction_id = f"tx-{uuid4()}"
-    distinct = {
-        update.digest: update
-        for update in (parse(encode(body | {"transaction-id": transaction_id})) for body in updates)
-    }
+    parsed = (parse(encode(body | {"transaction-id": transaction_id})) for body in updates)
+    distinct = {update.digest: update for update in parsed}
 
     async def run() -> Transaction:
         store = Store(database_url)
