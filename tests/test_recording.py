@@ -275,3 +275,23 @@ async def test_nothing_of_a_batch_that_fails_stays(store: Store) -> None:
     )
     assert count == 0
     assert (await show(store)).updates == 0
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_rows_are_looked_up_by_key_whatever_the_statistics_say(store: Store) -> None:
+    """A plan that was made while the history was empty reads, of a history that has grown, what it looks for only."""
+    for table in ("voice_transaction", "voice_update"):
+        # To PostgreSQL a table that was analysed while it was empty stays so for as long as nobody looks again.
+        await store.write(lambda connection, table=table: connection.exec_driver_sql(f"ANALYZE {table}"))  # type: ignore[misc]
+    for turn in range(60):
+        await record(store, *(make_body(f"tx-{number}", message=f"turn {turn}") for number in range(100)))
+    await store.write_in_steps(lambda connection: connection.exec_driver_sql("SELECT pg_stat_force_next_flush()"))
+    await store.write_in_steps(lambda connection: connection.exec_driver_sql("SELECT 1"))
+    statistics = text(
+        "SELECT idx_scan, idx_tup_read, (SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'voice_update')"
+        " FROM pg_stat_user_indexes WHERE indexrelname = 'pk_voice_update'"
+    )
+    looked_up, read, scanned = await store.read(lambda connection: connection.execute(statistics).one())
+    assert looked_up >= 60 * 100
+    assert read <= looked_up
+    assert scanned == 0
