@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import sqlite3
+import statistics
 import sys
 import tempfile
 import time
@@ -168,24 +169,33 @@ def measure_late_update(url: str, updates: int) -> float:
 def fill(start: Callable[[int, int], None], transactions: int) -> None:
     """Fill a database up to so many transactions, a million at a time."""
     started = time.monotonic()
-    for first in range(_CAMPAIGN, transactions, 1_000_000):
+    for first in range(0, transactions, 1_000_000):
         count = min(1_000_000, transactions - first)
         start(first, count)
         print(f"  filled to {first + count:,} in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def report(url: str, key: str, small: float, transactions: int, seconds: int, name: str) -> None:
-    """Print the rates with everything there, and what a late update costs."""
-    for what, which in (
-        (f"{_CAMPAIGN:,} of them", range(transactions - _CAMPAIGN, transactions)),
-        ("all of them", range(transactions)),
-    ):
-        rate = measure_rate(url, key, which, seconds)
-        print(
-            f"{name}, {transactions:,} transactions, updates for {what}: {rate:,.0f}/s, {rate / small:.2f}x", flush=True
-        )
+def report(name: str, small: tuple[str, str], big: tuple[str, str], transactions: int, seconds: int) -> None:
+    """Print the rates of the small database and of the big one, measured by turns, and what a late update costs."""
+    which = {
+        f"{_CAMPAIGN:,} transactions": (small, range(_CAMPAIGN)),
+        f"{transactions:,} transactions, updates for {_CAMPAIGN:,} of them": (
+            big,
+            range(transactions - _CAMPAIGN, transactions),
+        ),
+        f"{transactions:,} transactions, updates for all of them": (big, range(transactions)),
+    }
+    rates: dict[str, list[float]] = {what: [] for what in which}
+    for _ in range(3):
+        for what, ((url, key), chosen) in which.items():
+            rates[what].append(measure_rate(url, key, chosen, seconds))
+    base = statistics.median(next(iter(rates.values())))
+    for what, measured in rates.items():
+        rate = statistics.median(measured)
+        spread = f"{min(measured):,.0f} to {max(measured):,.0f}"
+        print(f"{name}, {what}: {rate:,.0f}/s ({spread}), {rate / base:.2f}x", flush=True)
     for updates in (10, 1_000, 10_000):
-        late = measure_late_update(url, updates)
+        late = measure_late_update(big[0], updates)
         print(f"  a late update beside {updates:,} others: {late:.2f} ms", flush=True)
 
 
@@ -195,36 +205,31 @@ def measure_postgresql(transactions: int, memory_updates: int, seconds: int) -> 
     with PostgreSQL(durable=True, settings=tuned) as postgresql:
         print(describe_machine(postgresql))
         print(", ".join(f"{name} = {value}" for name, value in tuned.items()))
-        url = postgresql.create_database("growth")
-        key = contenders.prepare(url, ids=0)
-        fill_postgresql(url, 0, _CAMPAIGN)
-        postgresql.execute("VACUUM ANALYZE", "growth")
-        small = measure_rate(url, key, range(_CAMPAIGN), seconds)
-        print(f"PostgreSQL, {_CAMPAIGN:,} transactions: {small:,.0f}/s", flush=True)
+        small_url, url = postgresql.create_database("small"), postgresql.create_database("big")
+        small_key, key = contenders.prepare(small_url, ids=0), contenders.prepare(url, ids=0)
+        fill_postgresql(small_url, 0, _CAMPAIGN)
         fill(lambda first, count: fill_postgresql(url, first, count), transactions)
-        postgresql.execute("VACUUM ANALYZE", "growth")
-        postgresql.execute("CHECKPOINT", "growth")
-        report(url, key, small, transactions, seconds, "PostgreSQL")
-        for taken, megabytes in measure_memory(url, key, memory_updates):
+        for database in ("small", "big"):
+            postgresql.execute("VACUUM ANALYZE", database)
+        postgresql.execute("CHECKPOINT")
+        report("PostgreSQL", (small_url, small_key), (url, key), transactions, seconds)
+        for taken, megabytes in measure_memory(small_url, small_key, memory_updates):
             print(f"  after {taken:,} updates the service's processes hold {megabytes} MB", flush=True)
         sizes = "SELECT pg_total_relation_size('voice_update'), pg_total_relation_size('voice_transaction')"
         history, rows = platform_side.run_on(url, lambda c: c.execute(text(sizes)).one())
         updates = platform_side.run_on(url, lambda c: c.execute(text("SELECT count(*) FROM voice_update")).scalar_one())
-        print(
-            f"  disk: history {history / 1e9:.1f} GB, {history / updates:.0f} bytes an update; rows {rows / 1e9:.1f} GB"
-        )
+        each = f"{history / updates:.0f} bytes an update"
+        print(f"  disk: history {history / 1e9:.1f} GB, {each}; transactions {rows / 1e9:.1f} GB")
 
 
-def measure_sqlite(path: Path, transactions: int, seconds: int) -> None:
+def measure_sqlite(folder: Path, transactions: int, seconds: int) -> None:
     """Measure on SQLite."""
-    url = f"sqlite:///{path}"
-    key = contenders.prepare(url, ids=0)
-    fill_sqlite(path, 0, _CAMPAIGN)
-    small = measure_rate(url, key, range(_CAMPAIGN), seconds)
-    print(f"SQLite, {_CAMPAIGN:,} transactions: {small:,.0f}/s", flush=True)
-    fill(lambda first, count: fill_sqlite(path, first, count), transactions)
-    report(url, key, small, transactions, seconds, "SQLite")
-    size = path.stat().st_size
+    paths = folder / "small.db", folder / "big.db"
+    small, big = ((f"sqlite:///{path}", contenders.prepare(f"sqlite:///{path}", ids=0)) for path in paths)
+    fill_sqlite(paths[0], 0, _CAMPAIGN)
+    fill(lambda first, count: fill_sqlite(paths[1], first, count), transactions)
+    report("SQLite", small, big, transactions, seconds)
+    size = paths[1].stat().st_size
     print(f"  disk: {size / 1e9:.1f} GB in all, {size / transactions / _UPDATES_EACH:.0f} bytes an update")
 
 
@@ -233,14 +238,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transactions", type=int, default=10_000_000)
     parser.add_argument("--memory-updates", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--only", choices=("postgresql", "sqlite"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="voicetx-growth-") as folder:
         if options.only != "sqlite":
             measure_postgresql(options.transactions, options.memory_updates, options.seconds)
         if options.only != "postgresql":
-            measure_sqlite(Path(folder) / "growth.db", options.transactions, options.seconds)
+            measure_sqlite(Path(folder), options.transactions, options.seconds)
 
 
 if __name__ == "__main__":
