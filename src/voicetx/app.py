@@ -4,6 +4,7 @@ Every endpoint is on this FastAPI application, that of the updates too, though `
 those before they get here. Each answer carries a request id and leaves one log line.
 """
 
+import gc
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -43,6 +44,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def run_services(app: FastAPI) -> AsyncIterator[dict[str, Services]]:
         services = await Services.start(settings)
         app.state.services = services
+        # What is there now stays: the collector need not go through it again for every few thousand new objects.
+        gc.collect()
+        gc.freeze()
         try:
             yield {"services": services}  # where the protocol finds them
         finally:

@@ -121,7 +121,7 @@ class Store:
                 if _is_refused_value(error):
                     raise ValueRefused(_describe(error)) from error
                 raise StoreUnavailable(_describe(error)) from error
-            except OverflowError as error:  # sqlite3 raises it for a number past 64 bits
+            except (OverflowError, orjson.JSONEncodeError) as error:  # a number past 64 bits, on its way there
                 raise ValueRefused(_describe(error)) from error
             except (OSError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, sqlite3.Error) as error:
                 raise StoreUnavailable(_describe(error)) from error
@@ -330,7 +330,7 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     found: dict[str, Found] = {}
     if connection.dialect.name == "postgresql":
         pairs = sorted((transaction_id, digest) for transaction_id, digests in updates.items() for digest in digests)
-        for *values, digest in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))):
+        for *values, digest in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))).all():
             transaction_id = values[0]
             if transaction_id not in found:
                 found[transaction_id] = Found(_to_transaction(values), set())
@@ -417,37 +417,18 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
     Both happen or neither does, for each transaction by itself. Returns the ids that were written.
     """
     ordered = sorted(changes, key=lambda change: change.transaction.transaction_id)
-    transactions = [change.transaction for change in ordered]
-    positions = [transaction.position for transaction in transactions]
-    fields = [transaction.fields for transaction in transactions]
-    rows = (
-        [transaction.updates for transaction in transactions],
-        [position.attempt if position is not None else None for position in positions],
-        [position.digest if position is not None else None for position in positions],
-        [dump_older(transaction.older) for transaction in transactions],
-        *([given.get(name) for given in fields] for name in FIELD_NAMES),
-        [transaction.is_inconsistent for transaction in transactions],
-        [now_ms] * len(transactions),
-        [transaction.transaction_id for transaction in transactions],
-        [change.seen for change in ordered],
-    )
-    new = [received for change in ordered for received in change.new]
-    keys = [received.api_key_id for received in new]
-    history = (
-        [received.update.transaction_id for received in new],
-        [received.update.digest for received in new],
-        [received.update.body for received in new],
-        [received.received_at_ms for received in new],
-    )
+    rows = [_describe_row(change, now_ms) for change in ordered]
+    history = [_describe_update(received) for change in ordered for received in change.new]
     if connection.dialect.name == "postgresql":
-        return set(connection.exec_driver_sql(_RECORD, (*rows, *history, keys)).scalars())
+        written = connection.exec_driver_sql(_RECORD, (_dump(rows), _dump(history))).scalar_one()
+        return set(written or ())
     # Under the lock that BEGIN IMMEDIATE took nobody has changed a row since it was read.
-    connection.exec_driver_sql(_UPDATE_TRANSACTION, list(zip(*rows, strict=True)))
-    connection.exec_driver_sql(_INSERT_UPDATE, list(zip(*history, (key.hex for key in keys), strict=True)))
-    return {transaction.transaction_id for transaction in transactions}
+    connection.exec_driver_sql(_UPDATE_TRANSACTION, [tuple(row.get(name) for name in _ROW) for row in rows])
+    connection.exec_driver_sql(_INSERT_UPDATE, [tuple(update.values()) for update in history])
+    return {change.transaction.transaction_id for change in ordered}
 
 
-_WRITTEN: Mapping[str, str] = {
+_ROW: Mapping[str, str] = {
     "updates": "integer",
     "attempt": "smallint",
     "digest": "bytea",
@@ -455,9 +436,12 @@ _WRITTEN: Mapping[str, str] = {
     **dict.fromkeys(FIELD_NAMES, "text"),
     "inconsistent": "boolean",
     "updated_at_ms": "bigint",
+    "transaction_id": "text",
+    "seen": "integer",
 }
-"""The columns that an update changes, with PostgreSQL's types."""
+"""What is sent of a transaction, with PostgreSQL's types: the columns that change, then the id and the count seen."""
 
+_WRITTEN = tuple(_ROW)[:-2]
 
 _HISTORY: Mapping[str, str] = {
     "transaction_id": "text",
@@ -469,8 +453,50 @@ _HISTORY: Mapping[str, str] = {
 """The columns of an update in the history, with PostgreSQL's types."""
 
 
-def _unnest(types: Iterable[str], start: int = 1) -> str:
-    return "unnest(" + ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(types, start)) + ")"
+def _describe_row(change: Change, now_ms: int) -> dict[str, Any]:
+    """Return the row that a change makes, by the names of `_ROW`; a field that is not there is null."""
+    transaction_id, fields, position, updates, older = change.transaction
+    return {
+        **fields,
+        "updates": updates,
+        "attempt": position.attempt if position is not None else None,
+        "digest": position.digest if position is not None else None,
+        "older": dump_older(older),
+        "inconsistent": change.transaction.is_inconsistent,
+        "updated_at_ms": now_ms,
+        "transaction_id": transaction_id,
+        "seen": change.seen,
+    }
+
+
+def _describe_update(received: Received) -> dict[str, Any]:
+    """Return the row of the history that an update is, by the names of `_HISTORY` and in their order."""
+    update, api_key_id, received_at_ms = received
+    return {
+        "transaction_id": update.transaction_id,
+        "digest": update.digest,
+        "body": update.body,
+        "received_at_ms": received_at_ms,
+        "api_key_id": api_key_id.hex,
+    }
+
+
+def _dump(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as the JSON that `_unpack` reads."""
+    return orjson.dumps(rows, default=_dump_bytes).decode()
+
+
+def _dump_bytes(value: bytes) -> str:
+    return "\\x" + value.hex()
+
+
+def _unpack(parameter: str, name: str, types: Mapping[str, str]) -> str:
+    """Return SQL for the rows that a JSON parameter holds.
+
+    One text, and not an array for each column: that costs asyncpg three times as much to write and PostgreSQL to read.
+    """
+    columns = ", ".join(f"{column} {kind}" for column, kind in types.items())
+    return f"json_to_recordset({parameter}::json) AS {name} ({columns})"
 
 
 # The statements of a batch in each database's own words: SQLAlchemy's rendering of them, with a processor for each
@@ -478,19 +504,19 @@ def _unnest(types: Iterable[str], start: int = 1) -> str:
 _LOOK_UP = (
     f"SELECT {', '.join(f't.{column.name}' for column in _ROW_COLUMNS)},"  # noqa: S608
     " (SELECT h.digest FROM voice_update AS h WHERE h.transaction_id = sent.key AND h.digest = sent.digest)"
-    f" FROM {_unnest(['text', 'bytea'])} AS sent (key, digest)"
+    " FROM unnest($1::text[], $2::bytea[]) AS sent (key, digest)"
     " JOIN voice_transaction AS t ON t.transaction_id = sent.key"
 )
 # One statement, so one transaction: a row and its history change together, or neither does. docs/decisions/0010.
 _RECORD = (
     f"WITH written AS (UPDATE voice_transaction SET {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"  # noqa: S608
-    f" FROM {_unnest([*_WRITTEN.values(), 'text', 'integer'])} AS new ({', '.join(_WRITTEN)}, key, seen)"
-    " WHERE voice_transaction.transaction_id = new.key AND voice_transaction.updates = new.seen"
+    f" FROM {_unpack('$1', 'new', _ROW)}"
+    " WHERE voice_transaction.transaction_id = new.transaction_id AND voice_transaction.updates = new.seen"
     " RETURNING voice_transaction.transaction_id),"
     f" history AS (INSERT INTO voice_update ({', '.join(_HISTORY)}) SELECT received.*"
-    f" FROM {_unnest(_HISTORY.values(), len(_WRITTEN) + 3)} AS received (key, {', '.join(list(_HISTORY)[1:])})"
-    " WHERE (received.key IN (SELECT transaction_id FROM written)) IS TRUE)"
-    " SELECT transaction_id FROM written"
+    f" FROM {_unpack('$2', 'received', _HISTORY)}"
+    " WHERE (received.transaction_id IN (SELECT transaction_id FROM written)) IS TRUE)"
+    " SELECT array_agg(transaction_id) FROM written"
 )
 _LOOK_UP_TRANSACTIONS = (
     f"SELECT {', '.join(column.name for column in _ROW_COLUMNS)} FROM voice_transaction"  # noqa: S608
