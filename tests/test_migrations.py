@@ -1,23 +1,30 @@
 """The schema: what the migrations build is what the code expects, on both databases, whoever upgrades."""
 
 import asyncio
+import json
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from alembic.script import ScriptDirectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import Connection, LargeBinary, Uuid, insert, select, text
 
-from bodies import encode, updates_of
+from bodies import encode, make_body, updates_of
 from servers import PostgreSQL
 from voicetx import migrations
-from voicetx.contract import parse
+from voicetx.auth import Authenticator
+from voicetx.contract import parse, restore
 from voicetx.merge import Transaction, fold
 from voicetx.migrations import HEAD, SchemaOutdated
-from voicetx.recording import commit_batch
+from voicetx.recording import Outcome, commit_batch
+from voicetx.reports import report_transaction
+from voicetx.schema import FIELD_NAMES, metadata
+from voicetx.settings import Settings
 from voicetx.store import Received, Store, look_up
+from voicetx.throttle import Throttle
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +90,7 @@ def test_transactions_of_the_first_version_go_on_as_if_nothing_had_happened(
     database_url: str, updates: list[dict[str, str]]
 ) -> None:
     """After an upgrade from version 0001 each transaction is known as its whole history makes it."""
-    from alembic import command  # noqa: PLC0415 - slow, and two tests'
+    from alembic import command  # noqa: PLC0415 - slow, and three tests'
 
     transaction_id = f"tx-{uuid4()}"
     parsed = (parse(encode(body | {"transaction-id": transaction_id})) for body in updates)
@@ -105,6 +112,89 @@ def test_transactions_of_the_first_version_go_on_as_if_nothing_had_happened(
             await store.close()
 
     assert asyncio.run(run()) == fold(transaction_id, distinct.values())
+
+
+FIRST_RELEASE: dict[str, list[dict[str, Any]]] = {
+    name: rows
+    for name, rows in json.loads((Path(__file__).parent / "first_release.json").read_text(encoding="utf-8")).items()
+    if name in metadata.tables
+}
+"""What the first release itself had on disk, table by table."""
+
+
+def fill_as_first_release(connection: Connection) -> None:
+    """Make the tables of schema 0001, and the first release's rows in them."""
+    from alembic import command  # noqa: PLC0415 - slow, and three tests'
+
+    command.upgrade(migrations.configure(connection), "0001")
+    for name, rows in FIRST_RELEASE.items():
+        for row in rows:
+            connection.execute(insert(metadata.tables[name]).values(read_values(name, row)))
+
+
+def read_values(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the file as the tables have it."""
+    columns = metadata.tables[name].c
+    values = dict(row)
+    for column, value in row.items():
+        if isinstance(columns[column].type, LargeBinary):
+            values[column] = bytes.fromhex(value)
+        elif isinstance(columns[column].type, Uuid):
+            values[column] = UUID(value)
+    return values
+
+
+def read_rows(connection: Connection) -> dict[str, list[dict[str, Any]]]:
+    """Return what is in the tables, of the columns that the first release had."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in FIRST_RELEASE:
+        table = metadata.tables[name]
+        rows = connection.execute(select(table).order_by(*table.primary_key.columns))
+        found[name] = [
+            {column: value for column, value in row._mapping.items() if value is not None and column != "older"}
+            for row in rows
+        ]
+    return found
+
+
+async def test_a_database_of_the_first_release_is_upgraded_with_all_that_is_in_it(empty_url: str) -> None:
+    """Every row that the first release wrote is there after the upgrade, and the service goes on from it."""
+    store = Store(empty_url)
+    await store.write(fill_as_first_release)
+    await migrations.upgrade(store)
+    await migrations.check(store)
+    assert await migrations.find_differences(store) == []
+    expected = {name: [read_values(name, row) for row in rows] for name, rows in FIRST_RELEASE.items()}
+    assert all(expected.values())
+    assert await store.read(read_rows) == expected
+
+    configured = Settings(_env_file=None)
+    throttle = Throttle(configured)
+    for credential in (b"Bearer vsk_of-the-first-release", b"Bearer vat_of-the-first-release"):
+        user = await Authenticator(store, configured, throttle).authenticate(credential, "")
+        assert (user.name, user.time_zone, user.key_slots) == ("dialer", "Europe/Berlin", ())
+    await throttle.close()
+
+    histories: dict[str, list[str]] = {}
+    for row in FIRST_RELEASE["voice_update"]:
+        histories.setdefault(row["transaction_id"], []).append(row["body"])
+    for transaction_id, bodies in histories.items():
+        again = [Received(restore(body), user.api_key_id, 1) for body in bodies]
+        late = make_body(transaction_id, times_attempted="2", voice_tag="late", call_endtime="2026-03-01 09:00:20.000")
+        outcomes = await store.write(
+            lambda connection, again=again, late=late: commit_batch(  # type: ignore[misc]
+                connection, [*again, Received(parse(encode(late)), user.api_key_id, 2)]
+            )
+        )
+        assert outcomes == [Outcome.REPEATED] * len(bodies) + [Outcome.RECORDED]
+        whole = fold(transaction_id, [*(received.update for received in again), parse(encode(late))])
+        found = await store.read(lambda connection, name=transaction_id: look_up(connection, {name: [b""]}))  # type: ignore[misc]
+        assert found[transaction_id].transaction == whole
+        report = await store.read(lambda connection, name=transaction_id: report_transaction(connection, name))  # type: ignore[misc]
+        assert report is not None
+        assert set(bodies) < {entry.body for entry in report.history}
+        assert list(report.fields.values()) == [whole.fields[name] for name in FIELD_NAMES if name in whole.fields]
+    await store.close()
 
 
 async def test_downgrading_leaves_nothing_behind(database_url: str) -> None:
