@@ -16,7 +16,7 @@ from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from voicetx.api import bulk, operations, tokens, updates
+from voicetx.api import bulk, operations, tokens, transactions, updates
 from voicetx.api.answers import (
     ClientGone,
     answer_error,
@@ -59,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=run_services,
         redirect_slashes=False,
     )
-    for module in (updates, bulk, tokens, operations):
+    for module in (updates, bulk, tokens, transactions, operations):
         app.include_router(module.router)
     for kind in (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException):
         app.add_exception_handler(kind, _answer_exception)

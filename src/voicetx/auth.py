@@ -39,6 +39,7 @@ class Grant(StrEnum):
 
     TRANSACTIONS_UPDATE = "transactions:update"
     TRANSACTIONS_READ = "transactions:read"
+    TRANSACTIONS_READ_PERSONAL = "transactions:read-personal"
     DEPLOYMENTS_WRITE = "deployments:write"
 
 
@@ -137,7 +138,7 @@ class Authenticator:
         secret_digest = _digest(secret_key)
 
         def work(connection: Connection) -> None:
-            connection.execute(delete(access_token).where(access_token.c.expires_at_ms < now_ms - _KEEP_EXPIRED_MS))
+            connection.execute(delete(access_token).where(match_expired_tokens()))
             connection.execute(
                 insert(access_token).values(
                     digest=_digest(token),
@@ -272,6 +273,11 @@ def add_user(
     )
     secret_key = _insert_key(connection, api_key_id, _SLOTS[0])
     return find_user(connection, str(api_key_id)), secret_key
+
+
+def match_expired_tokens() -> ColumnElement[bool]:
+    """Return the condition of access tokens that expired so long ago that nobody has to recognise them."""
+    return access_token.c.expires_at_ms < _now_ms() - _KEEP_EXPIRED_MS
 
 
 def list_users(connection: Connection) -> list[ApiUser]:

@@ -1,12 +1,16 @@
 """What people ask of the data: a transaction, with everything that was ever said of it.
 
-Read-only; knows nothing of who asks or how it is shown, but for the wire names that fields go by.
+Read-only; knows nothing of who asks, only what to hide from who may not see it, and the form in which programs read it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
 
+import orjson
 from sqlalchemy import Connection, select
 
+from voicetx import privacy
 from voicetx.contract import WIRE_NAMES
 from voicetx.schema import FIELD_NAMES, api_user, voice_transaction, voice_update
 
@@ -35,8 +39,13 @@ class TransactionReport:
     history: list[HistoryEntry]
 
 
-def report_transaction(connection: Connection, transaction_id: str) -> TransactionReport | None:
-    """Return all that is known of a transaction, or None where it is not registered."""
+def report_transaction(
+    connection: Connection, transaction_id: str, *, most_updates: int | None = None
+) -> TransactionReport | None:
+    """Return all that is known of a transaction, or None where it is not registered.
+
+    Of its history only the last `most_updates` that came in, where that is given; `updates` counts all.
+    """
     row = connection.execute(
         select(voice_transaction).where(voice_transaction.c.transaction_id == transaction_id)
     ).one_or_none()
@@ -46,8 +55,9 @@ def report_transaction(connection: Connection, transaction_id: str) -> Transacti
         select(voice_update.c.received_at_ms, voice_update.c.api_key_id, voice_update.c.body, api_user.c.name)
         .select_from(voice_update.outerjoin(api_user, api_user.c.api_key_id == voice_update.c.api_key_id))
         .where(voice_update.c.transaction_id == transaction_id)
-        .order_by(voice_update.c.received_at_ms, voice_update.c.digest)
-    )
+        .order_by(voice_update.c.received_at_ms.desc(), voice_update.c.digest.desc())
+        .limit(most_updates)
+    ).all()
     return TransactionReport(
         transaction_id=row.transaction_id,
         deployment_id=row.deployment_id,
@@ -55,6 +65,42 @@ def report_transaction(connection: Connection, transaction_id: str) -> Transacti
         is_inconsistent=row.inconsistent,
         updates=row.updates,
         history=[
-            HistoryEntry(entry.received_at_ms, entry.name or str(entry.api_key_id), entry.body) for entry in history
+            HistoryEntry(entry.received_at_ms, entry.name or str(entry.api_key_id), entry.body)
+            for entry in reversed(history)
         ],
     )
+
+
+def mask_transaction(report: TransactionReport) -> TransactionReport:
+    """Return what those may see of a transaction who have no grant to read what is personal in it."""
+    return replace(
+        report,
+        fields={name: privacy.mask_field(name, value) for name, value in report.fields.items()},
+        history=[replace(entry, body=privacy.mask_body(entry.body)) for entry in report.history],
+    )
+
+
+def describe_transaction(report: TransactionReport) -> dict[str, Any]:
+    """Return a transaction as JSON shows it: the fields by their wire names, beside what is known of them."""
+    return {
+        "transaction-id": report.transaction_id,
+        **report.fields,
+        "deployment": report.deployment_id,
+        "inconsistent": report.is_inconsistent,
+        "updates": report.updates,
+        "history": [
+            {
+                "received_at": format_time(entry.received_at_ms),
+                "api_user": entry.api_user,
+                # As received, to the letter: a number in it may be one that no parser of ours can hold.
+                "body": orjson.Fragment(entry.body),
+            }
+            for entry in report.history
+        ],
+    }
+
+
+def format_time(milliseconds: int) -> str:
+    """Return an instant as RFC 3339 in UTC, to the millisecond."""
+    instant = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -4,11 +4,13 @@ The update endpoint takes its bytes as they come, so its body's models and every
 from the same models and the same table that the code runs on. Nothing here runs while a request is answered.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import orjson
 from fastapi import FastAPI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from voicetx.api.answers import render_refusal
@@ -39,6 +41,28 @@ class Refused(BaseModel):
     errors: list[FieldFault] | None = Field(None, description="one for every field at fault, in body order")
 
 
+class ShownUpdate(BaseModel):
+    """An update as it came in."""
+
+    received_at: str = Field(description="RFC 3339, UTC", examples=["2026-01-31T08:02:00.123Z"])
+    api_user: str = Field(description="who sent it: its name, or its API key id where it is deleted")
+    body: dict[str, Any] = Field(description="as received, unknown fields included; masked as the fields are")
+
+
+class ShownTransaction(BaseModel):
+    """A transaction as its updates have made it; beside these names stand the contract's fields that were given."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"additionalProperties": {"type": "string", "description": "a field by its wire name"}}
+    )
+
+    transaction_id: str = Field(alias="transaction-id", examples=["demo-001"])
+    deployment: str
+    inconsistent: bool = Field(description="whether call-state and drop-code contradict each other")
+    updates: int = Field(description="how many different updates were recorded")
+    history: list[ShownUpdate] = Field(description="oldest first")
+
+
 _WHEN: dict[Refusal, str] = {
     Refusal.NOT_PROCESSED: "no transaction with that id is known",
     Refusal.NOT_GRANTED: "a valid credential without the grant transactions:update",
@@ -61,15 +85,20 @@ _FAULTS: dict[Refusal, tuple[Fault, ...]] = {
 }
 
 
-def describe_answers(*refusals: Refusal) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's `responses` for these refusals: by HTTP status, each code with its example."""
+def describe_answers(
+    *refusals: Refusal, when: Mapping[Refusal, str] = MappingProxyType({})
+) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's `responses` for these refusals: by HTTP status, each code with its example.
+
+    `when` says of an endpoint's own refusals when they come; the others come when an update's do.
+    """
     responses: dict[int | str, dict[str, Any]] = {}
     for refusal in refusals:
         response = responses.setdefault(
             refusal.status,
             {"model": Refused, "description": "", "content": {"application/json": {"examples": {}}}},
         )
-        line = f"{refusal.code}: {_WHEN[refusal]}"
+        line = f"{refusal.code}: {when.get(refusal, _WHEN[refusal])}"
         response["description"] = "; ".join(filter(None, [response["description"], line]))
         response["content"]["application/json"]["examples"][str(refusal.code)] = {
             "summary": refusal.description,
@@ -119,6 +148,26 @@ def describe_bulk_answers() -> dict[int | str, dict[str, Any]]:
     return responses
 
 
+def describe_transaction_answers() -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's `responses` of the endpoint that shows a transaction."""
+    responses = describe_answers(
+        Refusal.NOT_GRANTED,
+        Refusal.NOT_SIGNED_IN,
+        Refusal.NOT_FOUND,
+        Refusal.METHOD_NOT_SUPPORTED,
+        Refusal.THROTTLED,
+        Refusal.INTERNAL,
+        when={
+            Refusal.NOT_GRANTED: "a valid credential without the grant transactions:read",
+            Refusal.NOT_FOUND: "no transaction with that id is known",
+            Refusal.METHOD_NOT_SUPPORTED: "a method other than GET; see Allow",
+            Refusal.INTERNAL: "an unexpected fault, or the store is away; see Retry-After where it is given",
+        },
+    )
+    responses[200] = {"model": ShownTransaction, "description": "the transaction and its history"}
+    return responses
+
+
 def _example(model: type[UpdateBody]) -> Any:
     return model.model_json_schema()["example"]
 
@@ -156,6 +205,22 @@ BULK_REQUEST: dict[str, Any] = {
     },
 }
 """The same of the endpoint for many updates."""
+
+
+TRANSACTION_REQUEST: dict[str, Any] = {
+    "security": [{"bearer": []}],
+    "parameters": [
+        {
+            "name": "transaction_id",
+            "in": "path",
+            "required": True,
+            "description": "the id that it was registered with",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+            "example": "demo-001",
+        }
+    ],
+}
+"""The same of the endpoint that shows a transaction."""
 
 
 def complete_openapi(app: FastAPI) -> None:

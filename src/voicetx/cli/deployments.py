@@ -11,8 +11,9 @@ import typer
 from sqlalchemy import Connection
 
 from voicetx import deployments, migrations
-from voicetx.cli.output import AsJson, complain, follow_progress, format_time, print_json, print_table, write
+from voicetx.cli.output import AsJson, complain, follow_progress, print_json, print_table, write
 from voicetx.deployments import Deployment, FileFormat, Line
+from voicetx.reports import format_time
 from voicetx.settings import Settings
 from voicetx.store import open_store
 

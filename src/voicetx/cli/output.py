@@ -4,7 +4,6 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -79,9 +78,3 @@ def follow_progress(total: int | None, done: int = 0) -> Iterator[Callable[[int]
     with progress:
         task = progress.add_task("", total=total, completed=done)
         yield lambda steps: progress.advance(task, steps)
-
-
-def format_time(milliseconds: int) -> str:
-    """Return an instant as RFC 3339 in UTC, to the millisecond."""
-    instant = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,12 +1,11 @@
 """`voicetx transaction`: what became of a call, and everything that was said of it."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import orjson
 import typer
 
-from voicetx.cli.output import AsJson, CommandError, format_time, print_json, print_table, write
-from voicetx.reports import TransactionReport, report_transaction
+from voicetx.cli.output import AsJson, CommandError, print_json, print_table, write
+from voicetx.reports import describe_transaction, format_time, report_transaction
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -25,7 +24,7 @@ def show_transaction(
     if report is None:
         raise CommandError(f"There is no transaction {transaction_id}.")
     if as_json:
-        print_json(_to_json(report))
+        print_json(describe_transaction(report))
         return
     typer.echo(f"{'transaction-id':<20}{report.transaction_id}")
     typer.echo(f"{'deployment':<20}{report.deployment_id}")
@@ -49,22 +48,3 @@ def show_transaction(
 def _printable(text: str) -> str:
     """Return the text with control characters escaped: what a dialer sent must not steer a terminal."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def _to_json(report: TransactionReport) -> dict[str, Any]:
-    return {
-        "transaction-id": report.transaction_id,
-        **report.fields,
-        "deployment": report.deployment_id,
-        "inconsistent": report.is_inconsistent,
-        "updates": report.updates,
-        "history": [
-            {
-                "received_at": format_time(entry.received_at_ms),
-                "api_user": entry.api_user,
-                # As received, to the letter: a number in it may be one that no parser of ours can hold.
-                "body": orjson.Fragment(entry.body),
-            }
-            for entry in report.history
-        ],
-    }

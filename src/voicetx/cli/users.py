@@ -12,7 +12,8 @@ from sqlalchemy import Connection
 
 from voicetx import auth
 from voicetx.auth import ApiUser, Grant
-from voicetx.cli.output import AsJson, format_time, print_json, print_table, write
+from voicetx.cli.output import AsJson, print_json, print_table, write
+from voicetx.reports import format_time
 
 users = typer.Typer(no_args_is_help=True)
 keys = typer.Typer(no_args_is_help=True)
