@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from unittest import mock
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -348,3 +349,54 @@ def test_loading_shows_its_progress_on_a_terminal_only(sqlite_url: str, tmp_path
     finally:
         os.close(ours)
     assert b"25000" in shown
+
+
+def test_purging_says_what_it_does(database_url: str) -> None:
+    """A purge is told in advance, done, and on record; an age or a deployment that is none is a sentence."""
+    register(database_url, ["tx-1", "tx-2"])
+    update = parse(encode(make_body("tx-1")))
+    run_on(database_url, lambda c: commit_batch(c, [Received(update, uuid4(), 1)]))
+    assert "Would delete 1 transactions with 1 updates" in run(database_url, "purge", "--older-than", "2w", "--dry-run")
+    asked = ("purge", "--older-than", "12h", "--deployment", "campaign", "--json")
+    purged = json.loads(run(database_url, *asked))
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:.]+Z", purged.pop("before"))
+    assert purged == {
+        "deployment": "campaign", "dry_run": False,
+        "transactions": 1, "updates": 1, "deployments": 0, "access_tokens": 0,
+    }  # fmt: skip
+    (record,) = json.loads(run(database_url, "audit", "list", "--json"))
+    assert (record["action"], record["subject"]["deployment"], record["ended_at"] is None) == (
+        "purge",
+        "campaign",
+        False,
+    )
+    assert "deployment=campaign" in run(database_url, "audit", "list")
+    for age in ("90", "d", "0d", "-1d", "1m", "90 days", "123456d"):
+        assert "An age is a whole number of hours, days or weeks" in fail(database_url, "purge", f"--older-than={age}")
+    assert "no deployment nowhere" in fail(database_url, "purge", "--older-than", "1d", "--deployment", "nowhere")
+
+
+def test_erasing_says_what_it_does_and_never_the_number(database_url: str) -> None:
+    """An erasure is told in advance, done, and on record, without the number; what is no number is a sentence."""
+    register(database_url, ["tx-1", "call-15550100"])
+    bodies = [make_body("tx-1", a_party="+1 555 0100"), make_body("call-15550100", b_party="15550100")]
+    batch = [Received(parse(encode(body)), uuid4(), 1) for body in bodies]
+    run_on(database_url, lambda c: commit_batch(c, batch))
+    with mock.patch.dict(os.environ, {"VOICETX_COMMIT_TIMEOUT_SECONDS": "0.5"}):
+        dry = invoke(database_url, "erase", "--number", "+1 (555) 0100", "--dry-run")
+        assert dry.stdout == "Would mask the number in 2 transactions and 2 updates.\n"
+        assert "1 transaction ids hold the number" in dry.stderr
+        done = invoke(database_url, "erase", "--number", "-", "--json", text="+1 555 0100\n")
+        assert json.loads(done.stdout) == {
+            "dry_run": False,
+            "transactions": 2,
+            "updates": 2,
+            "passes": 2,
+            "kept_ids": 1,
+        }
+    assert show(database_url, "tx-1").fields["a-party"] == "+* *** ****"
+    listed = run(database_url, "audit", "list", "--json")
+    (record,) = json.loads(listed)
+    assert (record["action"], list(record["subject"])) == ("erase", ["number_digest"])
+    assert "5550100" not in dry.stdout + dry.stderr + done.stdout + done.stderr + listed
+    assert "A number has 5 to 32 digits" in fail(database_url, "erase", "--number", "12")

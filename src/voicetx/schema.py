@@ -106,3 +106,15 @@ voice_update = Table(
     Column("received_at_ms", BigInteger, nullable=False),
     Column("api_key_id", Uuid, nullable=False),
 )
+
+audit_record = Table(
+    "audit_record",
+    metadata,
+    Column("audit_record_id", Uuid, primary_key=True),
+    Column("action", String(16), nullable=False, comment="purge or erase"),
+    Column("operator", String(128), nullable=False, comment="the operating system's user who ran it"),
+    Column("subject", Text, nullable=False, comment="JSON: what it was done to"),
+    Column("counts", Text, nullable=False, comment="JSON: how much of what was done so far"),
+    Column("started_at_ms", BigInteger, nullable=False),
+    Column("ended_at_ms", BigInteger, comment="null while it runs, and where it was stopped"),
+)
