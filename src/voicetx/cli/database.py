@@ -1,10 +1,17 @@
-"""`voicetx db`: bring the database to this release's schema, and ask whether it is there."""
+"""`voicetx db`: bring the database to this release's schema, ask whether it is there, and back it up."""
 
 import asyncio
+import sqlite3
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from voicetx import migrations
+from voicetx.backup import BackupRefused, back_up
+from voicetx.cli.output import CommandError, follow_progress
 from voicetx.settings import Settings
 from voicetx.store import open_store
 
@@ -39,3 +46,27 @@ def check() -> None:
 
     asyncio.run(run())
     typer.echo("The database is at this release's schema.")
+
+
+@app.command("backup")
+def backup(file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; it must not be there yet.")]) -> None:
+    """Copy a SQLite database to a file, while the service runs; the copy is a database, readable by its owner only."""
+    address = Settings().database_url.get_secret_value()
+    if not address.startswith("sqlite:///"):
+        raise CommandError("PostgreSQL has its own tools: use pg_dump, or pg_basebackup and an archive of its log.")
+    try:
+        with ExitStack() as stack:
+            advance = cache(lambda total: stack.enter_context(follow_progress(total)))
+            shown = 0
+
+            def follow(done: int, total: int) -> None:
+                nonlocal shown
+                advance(total)(done - shown)
+                shown = done
+
+            back_up(Path(address.removeprefix("sqlite:///")), file, follow)
+    except BackupRefused as error:
+        raise CommandError(str(error)) from error
+    except sqlite3.Error as error:
+        raise CommandError(f"The backup was not made: {error}.") from error
+    typer.echo(f"{file} is a backup, as of when this command began.")
