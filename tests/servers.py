@@ -117,7 +117,7 @@ def _signal(pids: Sequence[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _has_ended(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     """Say whether a process is gone, or dead and only not yet asked for its exit status by who inherited it."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -194,7 +194,7 @@ class Server(ABC):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        wait_until(lambda: all(map(_has_ended, family)), f"{self._name} did not die", self._log)
+        wait_until(lambda: all(map(has_ended, family)), f"{self._name} did not die", self._log)
 
     def pause(self) -> None:
         """Make the server hang: it keeps its connections and answers nothing."""
@@ -219,7 +219,7 @@ class Server(ABC):
         _signal(family, signal.SIGCONT)
         try:
             wait_until(
-                lambda: process.poll() is not None and all(map(_has_ended, family)),
+                lambda: process.poll() is not None and all(map(has_ended, family)),
                 f"{self._name} did not end on {number.name}",
                 self._log,
             )

@@ -181,12 +181,12 @@ async def test_a_database_of_the_first_release_is_upgraded_with_all_that_is_in_i
     for transaction_id, bodies in histories.items():
         again = [Received(restore(body), user.api_key_id, 1) for body in bodies]
         late = make_body(transaction_id, times_attempted="2", voice_tag="late", call_endtime="2026-03-01 09:00:20.000")
-        outcomes = await store.write(
+        committed = await store.write(
             lambda connection, again=again, late=late: commit_batch(  # type: ignore[misc]
                 connection, [*again, Received(parse(encode(late)), user.api_key_id, 2)]
             )
         )
-        assert outcomes == [Outcome.REPEATED] * len(bodies) + [Outcome.RECORDED]
+        assert committed.outcomes == [Outcome.REPEATED] * len(bodies) + [Outcome.RECORDED]
         whole = fold(transaction_id, [*(received.update for received in again), parse(encode(late))])
         found = await store.read(lambda connection, name=transaction_id: look_up(connection, {name: [b""]}))  # type: ignore[misc]
         assert found[transaction_id].transaction == whole

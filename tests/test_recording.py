@@ -63,10 +63,10 @@ def receive(*bodies: dict[str, Any]) -> list[Received]:
 async def record(store: Store, *bodies: dict[str, Any], registers_unknown: bool = False) -> list[str]:
     """Record bodies as one batch and return the outcomes."""
     batch = receive(*bodies)
-    outcomes = await store.write_in_steps(
+    committed = await store.write_in_steps(
         lambda connection: commit_batch(connection, batch, registers_unknown=registers_unknown)
     )
-    return [outcome.value for outcome in outcomes]
+    return [outcome.value for outcome in committed.outcomes]
 
 
 async def show(store: Store, transaction_id: str = "tx-1") -> TransactionReport:

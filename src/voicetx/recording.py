@@ -7,8 +7,10 @@ Source: docs/contract.md, section 5.
 import time
 from asyncio import Future
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import partial
+from typing import NamedTuple
 from uuid import UUID
 
 import structlog
@@ -43,6 +45,14 @@ class Outcome(Enum):
     RECORDED = "recorded"
     REPEATED = "repeated"
     UNKNOWN = "unknown"
+
+
+class Committed(NamedTuple):
+    """What became of a batch: one outcome for each update, in order, and what is worth counting."""
+
+    outcomes: Sequence[Outcome]
+    stale: int
+    inconsistent: int
 
 
 _OUTCOMES = {outcome: metrics.UPDATES.labels(outcome.value) for outcome in Outcome}
@@ -112,32 +122,32 @@ class Recorder:
             case _:
                 return error
 
-    async def _commit(self, batch: Sequence[Received]) -> list[Outcome]:
+    async def _commit(self, batch: Sequence[Received]) -> Sequence[Outcome]:
         metrics.WAITING.set(self._committer.waiting)
         metrics.BATCH_UPDATES.observe(len(batch))
         started = time.perf_counter()
         try:
-            outcomes = await self._store.write_in_steps(
-                lambda connection: commit_batch(connection, batch, registers_unknown=self._registers_unknown)
+            committed = await self._store.write_in_steps(
+                partial(commit_batch, batch=batch, registers_unknown=self._registers_unknown)
             )
         except Exception:
             metrics.FAILED_COMMITS.inc()
             raise
         metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
-        for outcome, count in Counter(outcomes).items():
+        for outcome, count in Counter(committed.outcomes).items():
             _OUTCOMES[outcome].inc(count)
-        return outcomes
+        metrics.STALE.inc(committed.stale)
+        metrics.INCONSISTENT.inc(committed.inconsistent)
+        return committed.outcomes
 
 
-def commit_batch(
-    connection: Connection, batch: Sequence[Received], *, registers_unknown: bool = False
-) -> list[Outcome]:
-    """Record a batch; one outcome for each update, in order.
+def commit_batch(connection: Connection, batch: Sequence[Received], *, registers_unknown: bool = False) -> Committed:
+    """Record a batch, which may be empty.
 
     May be run again after a failure: what was recorded is then a repeat. Other processes may be at the same
     transactions: one is written back only if it still is what was read, and is otherwise read and merged again.
     """
-    now_ms = max(received.received_at_ms for received in batch)
+    now_ms = max((received.received_at_ms for received in batch), default=0)
     # A twin in the same batch is a repeat of the first.
     waiting: dict[str, dict[bytes, Received]] = {}
     for received in batch:
@@ -145,6 +155,7 @@ def commit_batch(
 
     unknown: set[str] = set()
     recorded: set[int] = set()
+    stale = inconsistent = 0
     while waiting:
         found = look_up(connection, waiting)
         missing = waiting.keys() - found.keys()
@@ -154,10 +165,13 @@ def commit_batch(
         unknown |= waiting.keys() - found.keys()
         changes = _merge(found, waiting)
         written = record_changes(connection, changes.values(), now_ms) if changes else set()
-        recorded.update(id(received) for transaction_id in written for received in changes[transaction_id].new)
-        _count(changes[transaction_id] for transaction_id in written)
+        for transaction_id in written:
+            _, transaction, new = changes[transaction_id]
+            recorded.update(map(id, new))
+            stale += sum(received.update.position != transaction.position for received in new)
+            inconsistent += transaction.is_inconsistent
         waiting = {transaction_id: waiting[transaction_id] for transaction_id in changes.keys() - written}
-    return [
+    outcomes = [
         Outcome.UNKNOWN
         if received.update.transaction_id in unknown
         else Outcome.RECORDED
@@ -165,17 +179,7 @@ def commit_batch(
         else Outcome.REPEATED
         for received in batch
     ]
-
-
-def _count(written: Iterable[Change]) -> None:
-    stale = inconsistent = 0
-    for change in written:
-        inconsistent += change.transaction.is_inconsistent
-        stale += sum(received.update.position != change.transaction.position for received in change.new)
-    if stale:
-        metrics.STALE.inc(stale)
-    if inconsistent:
-        metrics.INCONSISTENT.inc(inconsistent)
+    return Committed(outcomes, stale, inconsistent)
 
 
 def _merge(found: Mapping[str, Found], waiting: Mapping[str, Mapping[bytes, Received]]) -> dict[str, Change]:

@@ -5,10 +5,11 @@ application. Closing answers everybody who waits before the database goes.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from voicetx import migrations
 from voicetx.auth import Authenticator
-from voicetx.recording import Recorder
+from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
 from voicetx.store import Store, open_store
 from voicetx.throttle import Throttle
@@ -30,9 +31,11 @@ class Services:
 
         Raises `SchemaOutdated` for a server database that is not at this release's schema, and `StoreUnavailable`.
         """
-        store = open_store(settings)
+        store = open_store(settings, has_writer=True)
         try:
             await migrations.prepare(store)
+            # Whatever is started for the first batch is there before it comes.
+            await store.write_in_steps(partial(commit_batch, batch=()))
         except BaseException:
             await store.close()
             raise

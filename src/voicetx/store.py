@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
@@ -43,6 +43,7 @@ from sqlalchemy.pool import QueuePool
 
 from voicetx.contract import Position, Update
 from voicetx.merge import Transaction
+from voicetx.own_process import OwnProcess, ProcessLost
 from voicetx.schema import FIELD_NAMES, deployment, voice_transaction
 from voicetx.settings import Settings
 
@@ -68,14 +69,18 @@ class Store:
     """One process's way to its database.
 
     `database_url` is `sqlite:///FILE` or `postgresql://...` as libpq writes it. Statements and connects take at most
-    `timeout_seconds` each. Construct it anywhere; use it on one event loop; `close` it there.
+    `timeout_seconds` each. With `has_writer` a file is written in steps by a process of its own, so that the event loop
+    does not wait for it. Construct it anywhere; use it on one event loop; `close` it there.
     """
 
-    def __init__(self, database_url: str, *, pool_size: int = 5, timeout_seconds: float = 5.0) -> None:
+    def __init__(
+        self, database_url: str, *, pool_size: int = 5, timeout_seconds: float = 5.0, has_writer: bool = False
+    ) -> None:
         self.is_embedded = database_url.startswith("sqlite:")
         self._database: _Embedded | _Server
         if self.is_embedded:
-            self._database = _Embedded(Path(database_url.removeprefix("sqlite:///")), pool_size, timeout_seconds)
+            path = Path(database_url.removeprefix("sqlite:///"))
+            self._database = _Embedded(path, pool_size, timeout_seconds, OwnProcess() if has_writer else None)
         else:
             self._database = _Server(database_url, pool_size, timeout_seconds)
 
@@ -91,7 +96,8 @@ class Store:
         """Run `work`, each statement of which is right by itself, and return its result once all are committed.
 
         On PostgreSQL each statement is a transaction, which saves a small batch half its time; on SQLite the steps
-        share one. When it fails, the first of them may be on disk. Otherwise as `write`.
+        share one. When it fails, the first of them may be on disk. Where a file has a writer, `work` is pickled.
+        Otherwise as `write`.
         """
         return await self._run(self._database.write_in_steps, work)
 
@@ -123,7 +129,14 @@ class Store:
                 raise StoreUnavailable(_describe(error)) from error
             except (OverflowError, orjson.JSONEncodeError) as error:  # a number past 64 bits, on its way there
                 raise ValueRefused(_describe(error)) from error
-            except (OSError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, sqlite3.Error) as error:
+            except (
+                OSError,
+                PoolTimeoutError,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                sqlite3.Error,
+                ProcessLost,
+            ) as error:
                 raise StoreUnavailable(_describe(error)) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -132,12 +145,14 @@ class _Embedded:
     """A database file: one thread that writes, and some that read beside it.
 
     A piece of work goes to a thread as a whole. Statement by statement, the way there and back would cost more than
-    the statements.
+    the statements. Where there is a process that writes, batches go there (docs/decisions/0015-writer-process.md).
     """
 
-    def __init__(self, path: Path, pool_size: int, timeout_seconds: float) -> None:
+    def __init__(self, path: Path, pool_size: int, timeout_seconds: float, process: OwnProcess | None) -> None:
         self._path = path
-        self._writer = _make_sqlite_engine(path, "BEGIN IMMEDIATE", 1, timeout_seconds)
+        self._timeout_seconds = timeout_seconds
+        self._process = process
+        self._writer = _make_sqlite_writer(path, timeout_seconds)
         self._reader = _make_sqlite_engine(path, "BEGIN", pool_size, timeout_seconds)
         # Threads are started when they are needed.
         self._writing = ThreadPoolExecutor(1, "voicetx-write")
@@ -146,12 +161,17 @@ class _Embedded:
     async def write(self, work: Callable[[Connection], T]) -> T:
         return await self._run(self._writing, self._writer, work)
 
-    write_in_steps = write
+    async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
+        if self._process is None:
+            return await self.write(work)
+        return await self._process.run(partial(_write_file, self._path, self._timeout_seconds, work))
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         return await self._run(self._reading, self._reader, work)
 
     async def close(self) -> None:
+        if self._process is not None:
+            await self._process.close()
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
@@ -160,18 +180,32 @@ class _Embedded:
             engine.dispose()
 
     async def _run(self, executor: ThreadPoolExecutor, engine: Engine, work: Callable[[Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(executor, self._transact, engine, work)
+        return await asyncio.get_running_loop().run_in_executor(executor, _transact, self._path, engine, work)
 
-    def _transact(self, engine: Engine, work: Callable[[Connection], T]) -> T:
-        self._make_private_file()
-        with engine.begin() as connection:
-            return work(connection)
 
-    def _make_private_file(self) -> None:
-        """Make a new embedded database readable by its owner only; SQLite gives its side files the same mode."""
-        if not self._path.exists():
-            with suppress(FileExistsError):
-                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+def _transact(path: Path, engine: Engine, work: Callable[[Connection], T]) -> T:
+    _make_private_file(path)
+    with engine.begin() as connection:
+        return work(connection)
+
+
+def _make_private_file(path: Path) -> None:
+    """Make a new embedded database readable by its owner only; SQLite gives its side files the same mode."""
+    if not path.exists():
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def _write_file(path: Path, timeout_seconds: float, work: Callable[[Connection], T]) -> T:
+    """Run work in a transaction of its own; called in the process that writes."""
+    return _transact(path, _find_writer(path, timeout_seconds), work)
+
+
+def _make_sqlite_writer(path: Path, timeout_seconds: float) -> Engine:
+    return _make_sqlite_engine(path, "BEGIN IMMEDIATE", 1, timeout_seconds, _WRITER_PRAGMAS)
+
+
+_find_writer = cache(_make_sqlite_writer)
 
 
 class _Server:
@@ -202,16 +236,24 @@ class _Server:
         await self._in_steps.dispose()
 
 
-def open_store(settings: Settings) -> Store:
-    """Return the store that the settings name."""
+def open_store(settings: Settings, *, has_writer: bool = False) -> Store:
+    """Return the store that the settings name; `has_writer` as `Store` has it."""
     return Store(
         settings.database_url.get_secret_value(),
         pool_size=settings.database_pool_size,
         timeout_seconds=settings.commit_timeout_seconds,
+        has_writer=has_writer,
     )
 
 
-def _make_sqlite_engine(path: Path, begin: str, pool_size: int, timeout_seconds: float) -> Engine:
+# The pages that updates touch lie anywhere: kept in memory (KiB), and copied from the log (pages of 4 KiB) more rarely
+# than after each thousand, which is every few batches.
+_WRITER_PRAGMAS = ("cache_size=-65536", "wal_autocheckpoint=8000")
+
+
+def _make_sqlite_engine(
+    path: Path, begin: str, pool_size: int, timeout_seconds: float, pragmas: Iterable[str] = ()
+) -> Engine:
     engine = create_engine(
         f"sqlite:///{path}",
         poolclass=QueuePool,
@@ -224,7 +266,7 @@ def _make_sqlite_engine(path: Path, begin: str, pool_size: int, timeout_seconds:
 
     @event.listens_for(engine, "connect")
     def _prepare(dbapi_connection: Any, _record: object) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", *pragmas):
             dbapi_connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")
