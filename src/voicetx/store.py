@@ -102,7 +102,10 @@ class Store:
         return await self._run(self._database.write_in_steps, work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
-        """Run `work`, which writes nothing, in a transaction; raises as `write` does."""
+        """Run `work`, which writes nothing, in a transaction; raises as `write` does.
+
+        On PostgreSQL the whole of it takes at most `timeout_seconds`.
+        """
         return await self._run(self._database.read, work)
 
     async def close(self) -> None:
@@ -217,6 +220,7 @@ class _Server:
     """
 
     def __init__(self, database_url: str, pool_size: int, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
         self._engine = _make_postgresql_engine(database_url, pool_size, timeout_seconds)
         steps = _make_postgresql_engine(database_url, 1, timeout_seconds, _PLAN_BY_KEY)
         self._in_steps = steps.execution_options(isolation_level="AUTOCOMMIT")
@@ -225,7 +229,17 @@ class _Server:
         async with self._engine.begin() as connection:
             return await connection.run_sync(work)
 
-    read = write
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        reading = asyncio.create_task(self.write(work))
+        reading.add_done_callback(_forget)
+        try:
+            done, _ = await asyncio.wait([reading], timeout=self._timeout_seconds)
+        finally:
+            # Not waited for: on a server that hangs the rollback of a statement that timed out takes as long again.
+            reading.cancel()
+        if not done:
+            raise TimeoutError
+        return reading.result()
 
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
         async with self._in_steps.connect() as connection:
@@ -234,6 +248,11 @@ class _Server:
     async def close(self) -> None:
         await self._engine.dispose()
         await self._in_steps.dispose()
+
+
+def _forget(reading: "asyncio.Task[Any]") -> None:
+    if not reading.cancelled():
+        reading.exception()  # it is raised where it is awaited; who has gone is owed nothing
 
 
 def open_store(settings: Settings, *, has_writer: bool = False) -> Store:
