@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
 import asyncpg
@@ -55,6 +56,22 @@ UNASSIGNED = "unassigned"
 _ATTEMPTS = 10
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: run again
 _REFUSED_VALUES = ("22", "23", "54")  # SQLSTATE classes: data, integrity, program limits
+_AWAY = (
+    OSError,
+    PoolTimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.TargetServerAttributeNotMatched,
+    sqlite3.Error,
+    ProcessLost,
+)
+# What makes a host one that another may stand in for; a wrong password is wrong everywhere.
+_NOT_THIS_HOST = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TargetServerAttributeNotMatched,
+)
 
 
 class StoreUnavailable(Exception):  # noqa: N818 - a state of the world, named as one
@@ -132,14 +149,7 @@ class Store:
                 raise StoreUnavailable(_describe(error)) from error
             except (OverflowError, orjson.JSONEncodeError) as error:  # a number past 64 bits, on its way there
                 raise ValueRefused(_describe(error)) from error
-            except (
-                OSError,
-                PoolTimeoutError,
-                asyncpg.PostgresError,
-                asyncpg.InterfaceError,
-                sqlite3.Error,
-                ProcessLost,
-            ) as error:
+            except _AWAY as error:
                 raise StoreUnavailable(_describe(error)) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -305,11 +315,22 @@ _PLAN_BY_KEY = (
 def _make_postgresql_engine(
     database_url: str, pool_size: int, timeout_seconds: float, preparation: str = ""
 ) -> AsyncEngine:
+    urls = _split_hosts(database_url)
+
     async def connect(**_: object) -> Any:
-        # asyncpg reads the URL itself: all of libpq's forms, several hosts and TLS options among them.
+        errors: list[Exception] = []
+        for url in urls:
+            try:
+                return await connect_to(url)
+            except _NOT_THIS_HOST as error:
+                errors.append(error)
+        raise errors[-1]
+
+    async def connect_to(url: str) -> Any:
+        # asyncpg reads the URL itself: all of libpq's forms, TLS options among them.
         connection = await asyncpg.connect(
-            dsn=database_url,
-            timeout=timeout_seconds,
+            dsn=url,
+            timeout=timeout_seconds / len(urls),
             command_timeout=timeout_seconds,
             server_settings={"application_name": "voicetx"},
         )
@@ -330,6 +351,18 @@ def _make_postgresql_engine(
         hide_parameters=True,
         isolation_level="READ COMMITTED",
     )
+
+
+def _split_hosts(database_url: str) -> list[str]:
+    """Return a URL for each host that a URL names.
+
+    asyncpg would give the first of several hosts all the time there is: where that one hangs, no other is asked.
+    """
+    address = urlsplit(database_url)
+    credentials, at, hosts = address.netloc.rpartition("@")
+    if "," not in hosts:
+        return [database_url]
+    return [urlunsplit(address._replace(netloc=f"{credentials}{at}{host}")) for host in hosts.split(",")]
 
 
 def _is_conflict(error: DBAPIError) -> bool:
