@@ -305,6 +305,11 @@ def _make_sqlite_engine(
     return engine
 
 
+# Acknowledged means on disk, whatever a role or a database is set to; settings that ask for more than that stay.
+_COMMIT_TO_DISK = (
+    "SELECT set_config('synchronous_commit', CASE setting WHEN 'off' THEN 'on' ELSE setting END, false)"
+    " FROM current_setting('synchronous_commit') AS setting"
+)
 # The last: a plan for which there is no other way has a cost that would have it compiled.
 _PLAN_BY_KEY = (
     "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_hashjoin = off;"
@@ -335,8 +340,7 @@ def _make_postgresql_engine(
             server_settings={"application_name": "voicetx"},
         )
         try:
-            if preparation:
-                await connection.execute(preparation)
+            await connection.execute(f"{_COMMIT_TO_DISK}; {preparation}")
         except BaseException:
             connection.terminate()
             raise
