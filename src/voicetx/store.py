@@ -26,6 +26,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    ExceptionContext,
     Executable,
     Text,
     any_,
@@ -56,6 +57,7 @@ UNASSIGNED = "unassigned"
 _ATTEMPTS = 10
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: run again
 _REFUSED_VALUES = ("22", "23", "54")  # SQLSTATE classes: data, integrity, program limits
+_READ_ONLY = "25006"
 _AWAY = (
     OSError,
     PoolTimeoutError,
@@ -346,7 +348,7 @@ def _make_postgresql_engine(
             raise
         return connection
 
-    return create_async_engine(
+    engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connect,
         pool_size=pool_size,
@@ -355,6 +357,8 @@ def _make_postgresql_engine(
         hide_parameters=True,
         isolation_level="READ COMMITTED",
     )
+    _leave_what_is_read_only(engine.sync_engine)
+    return engine
 
 
 def _split_hosts(database_url: str) -> list[str]:
@@ -367,6 +371,15 @@ def _split_hosts(database_url: str) -> list[str]:
     if "," not in hosts:
         return [database_url]
     return [urlunsplit(address._replace(netloc=f"{credentials}{at}{host}")) for host in hosts.split(",")]
+
+
+def _leave_what_is_read_only(engine: Engine) -> None:
+    """Connect anew where nothing can be written, as after a failover that cuts no connections."""
+
+    @event.listens_for(engine, "handle_error")
+    def _leave(context: ExceptionContext) -> None:
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
 
 
 def _is_conflict(error: DBAPIError) -> bool:
