@@ -56,7 +56,7 @@ UNASSIGNED = "unassigned"
 
 _ATTEMPTS = 10
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: run again
-_REFUSED_VALUES = ("22", "23", "54")  # SQLSTATE classes: data, integrity, program limits
+_REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a trigger of somebody's
 _READ_ONLY = "25006"
 _AWAY = (
     OSError,
