@@ -7,9 +7,11 @@ wins: that is `voicetx.merge`.
 """
 
 import asyncio
+import itertools
 import os
 import random
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -54,7 +56,7 @@ T = TypeVar("T")
 UNASSIGNED = "unassigned"
 """The deployment of transactions that nobody registered beforehand."""
 
-_ATTEMPTS = 10
+_PAUSE_SECONDS = 0.05  # at most, before work is run again
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: run again
 _REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a trigger of somebody's
 _READ_ONLY = "25006"
@@ -96,6 +98,7 @@ class Store:
         self, database_url: str, *, pool_size: int = 5, timeout_seconds: float = 5.0, has_writer: bool = False
     ) -> None:
         self.is_embedded = database_url.startswith("sqlite:")
+        self._timeout_seconds = timeout_seconds
         self._database: _Embedded | _Server
         if self.is_embedded:
             path = Path(database_url.removeprefix("sqlite:///"))
@@ -106,8 +109,8 @@ class Store:
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own and return its result once that is committed.
 
-        A deadlock or a lost connection makes it run again, so `work` must bear being run twice. Raises
-        `StoreUnavailable`, or `ValueRefused` where a value is at fault.
+        A deadlock makes it run again for `timeout_seconds`, a lost connection once, so `work` must bear being run
+        twice. Raises `StoreUnavailable`, or `ValueRefused` where a value is at fault.
         """
         return await self._run(self._database.write, work)
 
@@ -135,13 +138,15 @@ class Store:
         self, transact: Callable[[Callable[[Connection], T]], Awaitable[T]], work: Callable[[Connection], T]
     ) -> T:
         has_reconnected = False
-        for attempt in range(1, _ATTEMPTS + 1):
+        give_up_at = time.monotonic() + self._timeout_seconds
+        for attempt in itertools.count(1):
             try:
                 return await transact(work)
             except DBAPIError as error:
-                if _is_conflict(error) and attempt < _ATTEMPTS:
+                if _is_conflict(error) and time.monotonic() < give_up_at:
                     # Spread out, so that two processes don't meet again in the same place.
-                    await asyncio.sleep(random.uniform(0, 0.005 * attempt))  # noqa: S311 - not for secrets
+                    pause_seconds = min(_PAUSE_SECONDS, 0.005 * attempt)
+                    await asyncio.sleep(random.uniform(0, pause_seconds))  # noqa: S311 - not for secrets
                     continue
                 if error.connection_invalidated and not has_reconnected:
                     has_reconnected = True
