@@ -9,6 +9,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import orjson
@@ -26,17 +27,16 @@ def configure_logging(log_format: LogFormat) -> None:
         describe_exception,
     ]
     if log_format is LogFormat.JSON:
-        lines: Processor = structlog.processors.JSONRenderer(serializer=orjson.dumps, default=repr)
         # Bytes, without text's detour: a request's line is on the way of every update.
-        factory: Any = structlog.BytesLoggerFactory(_Lines(sys.stdout.buffer))  # type: ignore[arg-type] # what it uses
+        lines: list[Processor] = [structlog.processors.JSONRenderer(serializer=orjson.dumps, default=repr)]
         foreign: Processor = structlog.processors.JSONRenderer(serializer=_dump_text)
     else:
-        lines = foreign = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
-        factory = structlog.PrintLoggerFactory(sys.stdout)
+        foreign = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
+        lines = [foreign, _encode]
     structlog.configure(
-        processors=[*shared, lines],
+        processors=[*shared, *lines],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=factory,
+        logger_factory=structlog.BytesLoggerFactory(_Lines(sys.stdout.buffer)),  # type: ignore[arg-type] # what it uses
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
@@ -55,12 +55,19 @@ def configure_logging(log_format: LogFormat) -> None:
 
 
 class _Lines:
-    """Writes lines out together: those of one turn of the event loop at its end, without a loop each at once."""
+    """Writes lines out together: those of one turn of the event loop at its end, without a loop each at once.
+
+    Lines that cannot be written, as on a disk that is full, are lost: there is nowhere to say so, and whoever is
+    waiting for an answer is to get it.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.write = file.write
         self._file = file
         self._is_flush_due = False
+
+    def write(self, line: bytes) -> None:
+        with suppress(OSError):
+            self._file.write(line)
 
     def flush(self) -> None:
         if self._is_flush_due:
@@ -68,14 +75,15 @@ class _Lines:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self._file.flush()
+            self._flush_now()
         else:
             self._is_flush_due = True
             loop.call_soon(self._flush_now)
 
     def _flush_now(self) -> None:
         self._is_flush_due = False
-        self._file.flush()
+        with suppress(OSError):
+            self._file.flush()
 
 
 def describe_exception(_logger: object, _method: str, line: EventDict) -> EventDict:
@@ -104,6 +112,10 @@ def _describe(exception: BaseException) -> dict[str, Any]:
         "type": f"{type(exception).__module__}.{type(exception).__qualname__}",
         "at": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-8:]],
     }
+
+
+def _encode(_logger: object, _method: str, line: Any) -> Any:
+    return line.encode()
 
 
 def _dump_text(line: EventDict, **_: object) -> str:
