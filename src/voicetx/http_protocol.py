@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # two by the network goes unnoticed; the client then gets 1001 and its next request is served.
 _OFFER = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _PATIENCE_SECONDS = 0.1  # for a body that comes after its head; then it is waited for on the way of every request
+_LAST_REQUEST_SECONDS = 0.2  # for a request that was on its way when the service was told to stop
 _LONG_BODY_BYTES = 32_768  # uvicorn stops reading at twice that, until somebody takes what is there
 
 
@@ -43,6 +44,7 @@ class ContractProtocol(HttpToolsProtocol):
 
     _held: tuple[RequestResponseCycle, Any] | None = None
     _patience: TimerHandle | None = None
+    _is_leaving = False
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
@@ -70,12 +72,30 @@ class ContractProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Start on a request; called when its head is there, or when the answer before it is given."""
+        if self._is_leaving:
+            cycle.keep_alive = False
         if cycle.scope["path"] != UPDATE_PATH or cycle.waiting_for_100_continue:
             super()._start_asgi_task(cycle, app)
         elif cycle.more_body:
             self._held = cycle, app
         elif not self._submit(cycle):
             super()._start_asgi_task(cycle, app)
+
+    def shutdown(self) -> None:
+        """Take one more request where none is under way, but not for long; uvicorn would cut it off."""
+        if self._is_idle():
+            self._is_leaving = True
+            self.loop.call_later(_LAST_REQUEST_SECONDS, self._leave)
+        else:
+            super().shutdown()
+
+    def _leave(self) -> None:
+        if self._is_idle():
+            self.transport.close()
+
+    def _is_idle(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is None or cycle.response_complete
 
     def _hand_over(self) -> None:
         """Let the request that is held go on, the short way where its body is whole."""

@@ -107,6 +107,12 @@ class _Workers(Multiprocess):
             process.start()
             self.processes.append(process)
 
+    def terminate_all(self) -> None:
+        """Tell every process to end; from then on nobody can connect, and be reset when the last listener closes."""
+        for listener in self._listeners:
+            listener.close()
+        super().terminate_all()
+
     def keep_subprocess_alive(self) -> None:
         """Start those again that have died."""
         self._one_by_one(super().keep_subprocess_alive)
