@@ -99,6 +99,7 @@ class _Workers(Multiprocess):
     def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket]) -> None:
         super().__init__(config, sockets=[])
         self._listeners = [listeners[number % len(listeners)] for number in range(config.workers)]
+        self._has_served = False
 
     def init_processes(self) -> None:
         """Start every process."""
@@ -114,8 +115,20 @@ class _Workers(Multiprocess):
         super().terminate_all()
 
     def keep_subprocess_alive(self) -> None:
-        """Start those again that have died."""
-        self._one_by_one(super().keep_subprocess_alive)
+        """Start those again that have died.
+
+        Once one has served, another that cannot start, as while the database is away, is tried again and ends nothing.
+        """
+        if not self.should_exit.is_set():
+            self._has_served = self._has_served or any(map(_is_serving, self.processes))
+            self._one_by_one(self._keep_one_alive)
+
+    def _keep_one_alive(self) -> None:
+        super().keep_subprocess_alive()
+        if self.should_exit.is_set() and self._has_served:
+            self.should_exit.clear()
+            self.processes[0] = Process(self.config, self.sockets)
+            self.processes[0].start()
 
     def restart_all(self) -> None:
         """Replace every process."""
@@ -134,3 +147,8 @@ class _Workers(Multiprocess):
                 everybody[number] = self.processes[0]
         finally:
             self.processes = everybody
+
+
+def _is_serving(process: Process) -> bool:
+    # One that is dead would not answer, and be waited for.
+    return process.process.is_alive() and process.is_ready()
