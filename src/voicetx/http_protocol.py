@@ -15,7 +15,7 @@ every request. We upgrade to nothing, so the offer is taken out before the parse
 import re
 import sys
 import time
-from asyncio import Future, TimerHandle
+from asyncio import BaseTransport, Future, TimerHandle, Transport
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,6 +45,26 @@ class ContractProtocol(HttpToolsProtocol):
     _held: tuple[RequestResponseCycle, Any] | None = None
     _patience: TimerHandle | None = None
     _is_leaving = False
+    _head_limit: TimerHandle | None = None
+    _last_seen: RequestResponseCycle | None = None
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """Begin with a connection, on which a request's head is not waited for for ever."""
+        super().connection_made(cast("Transport", transport))
+        self._wait_for_head()
+
+    def _wait_for_head(self) -> None:
+        services = self.app_state.get("services")
+        if services is not None:
+            self._last_seen = self.cycle
+            self._head_limit = self.loop.call_later(services.settings.body_timeout_seconds, self._check_head)
+
+    def _check_head(self) -> None:
+        """Close a connection of which a head, or the rest of one, was waited for since the last time."""
+        if self._is_idle() and self.timeout_keep_alive_task is None and self.cycle is self._last_seen:
+            self.transport.close()
+        else:
+            self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
@@ -56,6 +76,8 @@ class ContractProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of a request whose body will not be whole."""
+        if self._head_limit is not None:
+            self._head_limit.cancel()
         self._hand_over()
         super().connection_lost(exc)
 
