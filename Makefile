@@ -71,6 +71,10 @@ USE_NODE = if command -v npm >/dev/null && node -e 'process.exit(parseInt(proces
 test: $(VENV)/.dev .tools/newman-6.2.2  ## run every test, real PostgreSQL and Valkey included (ARGS="-k name" picks some)
 	@$(USE_NODE); $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
+.PHONY: faults
+faults: $(VENV)/.dev  ## break everything for some minutes under load, and print what was lost (nothing)
+	$(BIN)/pytest tests/faults --long $(ARGS)
+
 .PHONY: bench bench-quick
 bench: $(VENV)/.dev  ## measure side by side with what one would write instead (15 minutes; needs wrk, and Go and Node.js for two peers)
 	$(BIN)/python bench/run.py $(ARGS)

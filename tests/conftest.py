@@ -1,16 +1,19 @@
 """What tests share: real databases, each test with a fresh one, and a real Valkey; no settings from outside."""
 
 import asyncio
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from uuid import uuid4
 
 import hypothesis
 import pytest
 
+from dialer import Evidence
 from servers import PostgreSQL, Valkey, is_foreign
 from voicetx import migrations
 from voicetx.store import Store
@@ -20,6 +23,50 @@ hypothesis.settings.load_profile("voicetx")
 
 for _name in filter(is_foreign, list(os.environ)):
     del os.environ[_name]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that makes of the quick fault suite the long one."""
+    parser.addoption("--long", action="store_true", help="the long form of tests/faults, with figures at its end")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what takes long to the long form."""
+    if not config.getoption("--long"):
+        left = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures of the long fault suite."""
+    if not terminalreporter.config.getoption("--long"):
+        return
+    names = [column.name for column in fields(Evidence)]
+    reports = itertools.chain.from_iterable(terminalreporter.stats.values())
+    ended = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    rows = [(report.nodeid.split("::")[1], dict(report.user_properties)) for report in ended]
+    rows = [(name, figures) for name, figures in rows if figures.keys() >= set(names)]
+    together = {name: sum(figures[name] for _, figures in rows) for name in names}
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{'':<72}" + "".join(f"{name:>14}" for name in names))
+    for name, figures in (*rows, ("together", together)):
+        terminalreporter.write_line(f"{name:<72}" + "".join(f"{figures[column]:>14,}" for column in names))
+
+
+@pytest.fixture
+def is_long(request: pytest.FixtureRequest) -> bool:
+    """Say whether this is the long form of the fault suite."""
+    return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture
+def evidence(record_property: Callable[[str, object], None]) -> Iterator[Evidence]:
+    """Return the figures of a scenario, which are kept with the test's report."""
+    evidence = Evidence()
+    yield evidence
+    for column in fields(evidence):
+        record_property(column.name, getattr(evidence, column.name))
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +98,14 @@ def migrate(database_url: str) -> None:
 def postgresql() -> Iterator[PostgreSQL]:
     """Return a PostgreSQL server that holds a migrated database `template`."""
     with PostgreSQL() as server:
+        migrate(server.create_database("template"))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def own_postgresql() -> Iterator[PostgreSQL]:
+    """Return a PostgreSQL server with a migrated database `template`, to be stopped and paused; it ends up running."""
+    with PostgreSQL(settings={"deadlock_timeout": "20ms"}) as server:
         migrate(server.create_database("template"))
         yield server
 

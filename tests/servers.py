@@ -22,7 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import asyncpg
 
@@ -291,6 +291,18 @@ class PostgreSQL(Server):
 
         asyncio.run(run())
 
+    def fetch_value(self, query: str, database: str = "postgres") -> Any:
+        """Return the one value that a query asks for."""
+
+        async def run() -> Any:
+            connection = await asyncpg.connect(self.url(database), timeout=_DEADLINE_SECONDS)
+            try:
+                return await connection.fetchval(query, timeout=_DEADLINE_SECONDS)
+            finally:
+                await connection.close()
+
+        return asyncio.run(run())
+
     def create_database(self, name: str, template: str | None = None) -> str:
         """Make a database, as a copy of another one where that is given, and return its address."""
         self.execute(f'create database "{name}"' + (f' template "{template}"' if template else ""))
@@ -317,6 +329,9 @@ class PostgreSQL(Server):
         if self._user is not None:
             shutil.chown(self._folder, self._user)
             self._make_reachable(self._user)
+        self._fill_cluster()
+
+    def _fill_cluster(self) -> None:
         made = self._run(
             "initdb",
             f"--pgdata={self._data}",
@@ -357,6 +372,33 @@ class PostgreSQL(Server):
         for path in (copy, *copy.rglob("*")):
             shutil.chown(path, user)
         self._bin = copy / self._bin.relative_to(package.parent)
+
+
+class Standby(PostgreSQL):
+    """A copy of another PostgreSQL server, made when it starts, that follows it until it is promoted."""
+
+    def __init__(self, primary: PostgreSQL) -> None:
+        super().__init__()
+        self._primary = primary
+
+    def promote(self) -> None:
+        """Make the standby a server of its own that can be written; return when it is."""
+        promoted = self._run("pg_ctl", "promote", f"--pgdata={self._data}", "--wait")
+        if promoted.returncode != 0:
+            raise ServerFailedError(f"pg_ctl promote failed:\n{promoted.stderr}")
+
+    def _fill_cluster(self) -> None:
+        source = ("--host=127.0.0.1", f"--port={self._primary.port}", "--username=postgres", "--no-password")
+        copied = self._run(
+            "pg_basebackup",
+            *source,
+            f"--pgdata={self._data}",
+            "--write-recovery-conf",
+            "--checkpoint=fast",
+            "--no-sync",
+        )
+        if copied.returncode != 0:
+            raise ServerFailedError(f"pg_basebackup failed:\n{copied.stderr}")
 
 
 def _may_enter(path: Path) -> bool:
@@ -412,6 +454,15 @@ class Service(Server):
     def terminate(self) -> int | None:
         """Send SIGTERM, wait for the end of every process, and return the exit status; None where it is not running."""
         return self._end(signal.SIGTERM)
+
+    def find_workers(self) -> set[int]:
+        """Return the processes that serve where there are several; one more tracks multiprocessing's resources."""
+        found = set()
+        for pid in _find_family(self.pid)[1:]:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.add(pid)
+        return found
 
     def _command(self) -> list[str | Path]:
         return [sys.executable, "-m", "voicetx", "serve", *self._arguments]

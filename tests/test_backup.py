@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from bodies import encode, make_body
+from dialer import read_history
 from platform_side import make_user, register, run_on, show
 from servers import Service, run_command, wait_until
 from test_cli import fail, invoke, run
-from test_durability import read_history
 from voicetx import backup
 from voicetx.backup import BackupRefused, back_up
 from voicetx.contract import UPDATE_PATH, parse

@@ -49,24 +49,10 @@ def test_a_port_is_not_shared_with_another_instance() -> None:
 def test_a_process_that_dies_starts_again_and_its_connections_wait(tmp_path: Path) -> None:
     """After a process is killed every new connection is answered, those of its share when it is back."""
     with Service(f"sqlite:///{tmp_path / 'voicetx.db'}", workers=2) as service:
-        children = Path(f"/proc/{service.pid}/task/{service.pid}/children")
-        killed = next(pid for pid in find_workers(children))
+        killed = service.find_workers().pop()
         os.kill(killed, signal.SIGKILL)
         for _ in range(12):
             with closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)) as connection:
                 connection.request("GET", "/healthz")
                 assert connection.getresponse().status == 200
-        wait_until(lambda: len(find_workers(children) - {killed}) == 2, "The process did not start again")
-
-
-def find_workers(children: Path) -> set[int]:
-    """Return those of a process's children that serve; multiprocessing has one more, which tracks resources."""
-    found = set()
-    for pid in children.read_text().split():
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-        except OSError:
-            continue
-        if "resource_tracker" not in command:
-            found.add(int(pid))
-    return found
+        wait_until(lambda: len(service.find_workers() - {killed}) == 2, "The process did not start again")
