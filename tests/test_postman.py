@@ -21,7 +21,7 @@ ENVIRONMENT = ROOT / "postman" / "voicetx.postman_environment.json"
 NEWMAN = ROOT / ".tools" / "node_modules" / ".bin" / "newman"
 
 CALL, TRANSFERRED_CALL = "demo-001", "demo-002"
-NOT_TO_BE_PROVOKED = (Refusal.INTERNAL, Refusal.BODY_TOO_SLOW)
+NOT_TO_BE_PROVOKED = (Refusal.INTERNAL, Refusal.BODY_TOO_SLOW, Refusal.MALFORMED_REQUEST, Refusal.HEAD_TOO_LARGE)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,10 @@ class Refusal(Enum):
     INVALID_JSON = (500, 1001, "Invalid input JSON")
     FIELD_MISSING = (500, 1002, "Mandatory field missing")
     NOT_FOUND = (404, 404, "Not found")
+    MALFORMED_REQUEST = (400, 400, "Malformed HTTP request")
     BODY_TOO_SLOW = (408, 408, "Request body not received in time")
     BODY_TOO_LARGE = (413, 413, "Request body too large")
+    HEAD_TOO_LARGE = (431, 431, "Request head too large")
 
     def __init__(self, status: int, code: int, description: str) -> None:
         self.status = status

@@ -5,92 +5,207 @@ from the parser to the committer, and its answer from there to the socket, witho
 FastAPI: those cost more than all the rest (docs/decisions/0011-short-way.md). Whatever is not such an update goes the
 way of every request, where the same steps are taken one after the other; nothing was done for it before.
 
-A method that the parser has never heard of is not supported, as any other (405), and not a malformed request.
+What no HTTP parser takes is refused in the contract's shape, once all that was asked before it on the connection is
+answered; a method that the parser has never heard of is not supported, as any other (405). Nobody gets more memory or
+time than a request needs: heads, trailers and the requests that wait on one connection are bounded, and a client that
+neither finishes its head nor takes its answers is hung up on (docs/security.md).
 
 A server may ignore an `Upgrade` offer and answer as if it had not been made (RFC 9110, section 7.8). uvicorn on
 httptools means to, but loses the request's body (its issue 2722), and every stock Java client makes that offer (h2c) on
-every request. We upgrade to nothing, so the offer is taken out before the parser sees it.
+every request. We upgrade to nothing, so a head with an offer is read once more without it.
 """
 
-import re
-import sys
+import resource
 import time
-from asyncio import BaseTransport, Future, TimerHandle, Transport
+from asyncio import Future, TimerHandle, Transport
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
+import structlog
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from voicetx.api.answers import Answer, choose_request_id, log_request
+from voicetx.api.answers import Answer, answer_refusal, choose_request_id, log_request
 from voicetx.api.updates import REFUSED_METHOD, Submitted, answer_outcome, submit_at_once
 from voicetx.contract import UPDATE_PATH
+from voicetx.errors import Refusal, Rejected
 
 if TYPE_CHECKING:
     from starlette.types import Scope
 
     from voicetx.recording import Outcome
 
-# A line of the head: no JSON holds a line break inside a string, so no body is mistaken for it. An offer that is cut in
-# two by the network goes unnoticed; the client then gets 1001 and its next request is served.
-_OFFER = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _PATIENCE_SECONDS = 0.1  # for a body that comes after its head; then it is waited for on the way of every request
 _LAST_REQUEST_SECONDS = 0.2  # for a request that was on its way when the service was told to stop
 _LONG_BODY_BYTES = 32_768  # uvicorn stops reading at twice that, until somebody takes what is there
+_HEAD_MOST_BYTES = 16_384
+_HEADERS_MOST = 100
+_PIECE_BYTES = 8_192  # parsed at once: no more requests than fit into it wait on a connection
+# How long a client may take for a head, or take nothing of an answer, at most twice that; or for a body, where less.
+_LOOK_SECONDS = 10.0
+_LINGER_SECONDS = 1.0  # at the end of a connection that is ended because of what it sent
+_FILES_FOR_OTHERS = 128  # of those that the process may open, beside its connections
+
+# Where fields go that follow a body: no field of the head is meant by them (RFC 9110, section 6.5.1).
+_NOWHERE: Any = deque(maxlen=0)
+
+_MALFORMED = answer_refusal(Rejected(Refusal.MALFORMED_REQUEST))
+_HEAD_TOO_LARGE = answer_refusal(Rejected(Refusal.HEAD_TOO_LARGE))
+_DEFECT = answer_refusal(Rejected(Refusal.INTERNAL))
+
+_log = structlog.get_logger(__name__)
+
+
+def count_connections_allowed() -> int:
+    """Return how many connections a process takes: as many as it may open files, with some left for the database."""
+    return max(_FILES_FOR_OTHERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES_FOR_OTHERS)
+
+
+class _HeadTooLargeError(Exception):
+    """More of a head than anybody needs."""
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control, which reads nothing more while requests wait on the connection."""
+
+    is_full = False
+
+    def resume_reading(self) -> None:
+        if not self.is_full:
+            super().resume_reading()
 
 
 class ContractProtocol(HttpToolsProtocol):
-    """Serves updates the short way, ignores offers to upgrade, and refuses an unknown method as any other."""
+    """Serves updates the short way, ignores offers to upgrade, bounds what a client may hold, and refuses the rest."""
 
+    _connections_most = count_connections_allowed()
+
+    flow: _Flow
     _held: tuple[RequestResponseCycle, Any] | None = None
     _patience: TimerHandle | None = None
     _is_leaving = False
-    _head_limit: TimerHandle | None = None
-    _last_seen: RequestResponseCycle | None = None
+    _unread = b""  # received, and not parsed before the requests that wait are answered
+    _unsettled_bytes = 0  # of a head or of trailers so far, what came in the same piece before them counted too
+    _piece_bytes = 0
+    _last_answer: Answer | None = None  # what the connection ends with
+    _watch: TimerHandle | None = None
+    _cycle_seen: RequestResponseCycle | None = None
+    _unsent_bytes_seen = 0
 
-    def connection_made(self, transport: BaseTransport) -> None:
-        """Begin with a connection, on which a request's head is not waited for for ever."""
-        super().connection_made(cast("Transport", transport))
-        self._wait_for_head()
-
-    def _wait_for_head(self) -> None:
-        services = self.app_state.get("services")
-        if services is not None:
-            self._last_seen = self.cycle
-            self._head_limit = self.loop.call_later(services.settings.body_timeout_seconds, self._check_head)
-
-    def _check_head(self) -> None:
-        """Close a connection of which a head, or the rest of one, was waited for since the last time."""
-        if self._is_idle() and self.timeout_keep_alive_task is None and self.cycle is self._last_seen:
-            self.transport.close()
-        else:
-            self._wait_for_head()
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Take a connection, unless there are as many as may be."""
+        super().connection_made(transport)
+        self.flow = _Flow(transport)
+        self._look_again()
+        if len(self.connections) > self._connections_most:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
-        if b"pgrade" in data or b"PGRADE" in data:
-            data = _OFFER.sub(rb"\r\nx-ignored-upgrade", data)
-        super().data_received(data)
-        if self._held is not None and self._patience is None:
+        if self._last_answer is not None:
+            return
+        if len(data) <= _PIECE_BYTES and not self._unread and not self.pipeline:
+            self._parse(data)
+        else:
+            self._unread += data
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Parse what is unread, up to where requests wait for those before them."""
+        unread = memoryview(self._unread)
+        while unread and not self.pipeline and self._last_answer is None and not self.transport.is_closing():
+            self._parse(unread[:_PIECE_BYTES])
+            unread = unread[_PIECE_BYTES:]
+        self._unread = bytes(unread)
+        self.flow.is_full = bool(unread)
+        if unread:
+            self.flow.pause_reading()
+
+    def _parse(self, piece: bytes | memoryview) -> None:
+        self._unset_keepalive_if_required()
+        self._piece_bytes = len(piece)
+        self._unsettled_bytes += self._piece_bytes
+        try:
+            self._feed(piece)
+        except httptools.HttpParserError as error:
+            self._end_with(self._explain(error))
+            return
+        # Twice, for that counts what came in the same piece before.
+        if self._unsettled_bytes > 2 * _HEAD_MOST_BYTES:
+            self._end_with(_HEAD_TOO_LARGE)
+        elif self._held is not None and self._patience is None:
             self._patience = self.loop.call_later(_PATIENCE_SECONDS, self._hand_over)
+
+    def _feed(self, piece: bytes | memoryview) -> None:
+        while True:
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as offer:
+                if self.parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserInvalidMethodError from None
+                # The parser takes what follows such a head for another protocol's: a new one reads it without.
+                piece = memoryview(piece)[offer.args[0] :]
+                head = self._restate_head()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                self.parser.feed_data(head)
+            else:
+                return
+
+    def _restate_head(self) -> bytes:
+        """Return the head that was just read, without its offer to upgrade."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join((*lines, b"", b""))
+
+    def on_headers_complete(self) -> None:
+        """Start on a request whose head is whole."""
+        if len(self.headers) > _HEADERS_MOST or (
+            self._unsettled_bytes > _HEAD_MOST_BYTES
+            and len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > _HEAD_MOST_BYTES
+        ):
+            raise _HeadTooLargeError
+        if self.parser.should_upgrade():
+            return
+        super().on_headers_complete()
+        self.headers = _NOWHERE
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of a request whose body will not be whole."""
-        if self._head_limit is not None:
-            self._head_limit.cancel()
         self._hand_over()
+        self._unread = b""
+        if self._watch is not None:
+            self._watch.cancel()
         super().connection_lost(exc)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
+        self._unsettled_bytes = self._piece_bytes
         super().on_body(body)
         if self._held is not None and len(self.cycle.body) > _LONG_BODY_BYTES:
             self._hand_over()
 
     def on_message_complete(self) -> None:
         """Answer an update whose body is whole now."""
+        if self.parser.should_upgrade():
+            return
+        self._unsettled_bytes = self._piece_bytes
         super().on_message_complete()
         self._hand_over()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or end the connection where nothing but that is left."""
+        is_last = not self.pipeline
+        super().on_response_complete()
+        if self._last_answer is not None:
+            if is_last:
+                self._end(self._last_answer)
+        elif self._unread and not self.pipeline:
+            self._read_on()
+            self.flow.resume_reading()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Start on a request; called when its head is there, or when the answer before it is given."""
@@ -105,19 +220,15 @@ class ContractProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Take one more request where none is under way, but not for long; uvicorn would cut it off."""
-        if self._is_idle():
+        if not self._owes_an_answer():
             self._is_leaving = True
             self.loop.call_later(_LAST_REQUEST_SECONDS, self._leave)
         else:
             super().shutdown()
 
     def _leave(self) -> None:
-        if self._is_idle():
+        if not self._owes_an_answer():
             self.transport.close()
-
-    def _is_idle(self) -> bool:
-        cycle: RequestResponseCycle | None = self.cycle
-        return cycle is None or cycle.response_complete
 
     def _hand_over(self) -> None:
         """Let the request that is held go on, the short way where its body is whole."""
@@ -167,10 +278,69 @@ class ContractProtocol(HttpToolsProtocol):
         lines.append(answer.body)
         return b"".join(lines)
 
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP request; called while the parser's error is being handled."""
-        if not isinstance(sys.exc_info()[1], httptools.HttpParserInvalidMethodError):
-            super().send_400_response(msg)
+    def _explain(self, error: httptools.HttpParserError) -> Answer:
+        """Return the answer to what the parser, or a callback of it, did not take."""
+        if isinstance(error, httptools.HttpParserInvalidMethodError):
+            return REFUSED_METHOD
+        if not isinstance(error, httptools.HttpParserCallbackError):
+            return _MALFORMED
+        if isinstance(error.__context__, _HeadTooLargeError):
+            return _HEAD_TOO_LARGE
+        if not _is_readable(self.url):
+            return _MALFORMED
+        _log.error("request.failed", exc_info=error)
+        return _DEFECT
+
+    def _end_with(self, answer: Answer) -> None:
+        """Refuse what comes next on this connection, once all before it is answered, and end it."""
+        self._last_answer = answer
+        self._held = None
+        if not self._owes_an_answer():
+            self._end(answer)
+        elif self.cycle.more_body:
+            # This is the request at fault: nobody answers it but us.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.pipeline:
+                self.pipeline.popleft()
+            else:
+                self._end(answer)
+
+    def _owes_an_answer(self) -> bool:
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # uvicorn says otherwise
+        return cycle is not None and not cycle.response_complete
+
+    def _end(self, answer: Answer) -> None:
+        if self.transport.is_closing():
             return
-        self.transport.write(self._render(REFUSED_METHOD, choose_request_id(()), keep_alive=False))
-        self.transport.close()
+        request_id = choose_request_id(())
+        self.transport.write(self._render(answer, request_id, keep_alive=False))
+        # Closed at once, with more on the way here, the connection would be reset and the answer lost with it.
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        log_request({"method": "unknown"}, request_id, time.perf_counter(), path="unknown", code=answer.code)
+
+    def _hang_up_on_the_slow(self) -> None:
+        """Close the connection where nothing has moved since this was last called and the client is to blame."""
+        unsent_bytes = self.transport.get_write_buffer_size()
+        takes_nothing = 0 < self._unsent_bytes_seen <= unsent_bytes
+        sends_no_head = not self._owes_an_answer() and self.timeout_keep_alive_task is None
+        if self.cycle is self._cycle_seen and (takes_nothing or sends_no_head or self.transport.is_closing()):
+            self.transport.abort()
+            return
+        self._cycle_seen, self._unsent_bytes_seen = self.cycle, unsent_bytes
+        self._look_again()
+
+    def _look_again(self) -> None:
+        services = self.app_state.get("services")
+        body_seconds = services.settings.body_timeout_seconds if services is not None else _LOOK_SECONDS
+        self._watch = self.loop.call_later(min(_LOOK_SECONDS, body_seconds), self._hang_up_on_the_slow)
+
+
+def _is_readable(target: bytes) -> bool:
+    """Say whether a request's target has a path in ASCII."""
+    try:
+        path = httptools.parse_url(target).path
+    except httptools.HttpParserError:
+        return False
+    return bool(path) and path.isascii()

@@ -69,9 +69,12 @@ _WHEN: dict[Refusal, str] = {
     Refusal.NOT_SIGNED_IN: "the authorization header is missing or not Bearer, or the credential is unknown, revoked"
     " or expired",
     Refusal.NOT_FOUND: "no such path",
+    Refusal.MALFORMED_REQUEST: "what no HTTP parser understands; the connection is closed",
     Refusal.METHOD_NOT_SUPPORTED: "a method other than PUT, POST and PATCH; see Allow",
     Refusal.BODY_TOO_SLOW: "the body was not received in time",
     Refusal.BODY_TOO_LARGE: "the body is larger than 64 KiB (setting)",
+    Refusal.HEAD_TOO_LARGE: "the request's head is larger than 16 KiB or has more than 100 fields; the connection is"
+    " closed",
     Refusal.THROTTLED: "the API user's limit is reached; see Retry-After",
     Refusal.BAD_VALUE: "every mandatory field is there, and a value breaks a rule",
     Refusal.INTERNAL: "an unexpected fault, or the store is away, full or too slow: the outcome is unknown and a retry"
