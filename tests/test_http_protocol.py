@@ -3,16 +3,20 @@
 import asyncio
 import json
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bodies import encode, make_body
 from test_app import count_requests_to, served_app
+from voicetx import auth
+from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract import UPDATE_PATH
 from voicetx.http_protocol import _HEAD_MOST_BYTES, ContractProtocol
 
@@ -363,3 +367,22 @@ async def test_targets_are_read_alike_on_both_ways(
             statuses.append((await read_answer(reader))[0])
     assert statuses == [expected] * 2
     assert len(paths) == (1 if expected == 200 else 0)
+
+
+async def test_who_is_in_doubt_is_nobody(served: tuple[Any, str, str]) -> None:
+    """A request with two authorization fields is 498, whichever of them is good and on whichever way."""
+    app, address, key = served
+    good, bad = ("authorization", f"Bearer {key}"), ("authorization", "Bearer vsk_unknown")
+    async with httpx.AsyncClient(base_url=address) as client:
+        for path, content in [(UPDATE_PATH, encode(make_body("tx-1"))), ("/api/v1/updates", b"")]:
+            answers = [
+                await client.post(path, content=content, headers=headers)
+                for headers in ([good], [good, good], [good, bad], [bad, good])
+            ]
+            assert [answer.status_code for answer in answers] == [200, 401, 401, 401]
+            assert {answer.json()["code"] for answer in answers[1:]} == {498}
+        user = await app.state.services.store.read(lambda connection: auth.find_user(connection, "dialer"))
+        pair = ("authorization", "Basic " + b64encode(f"{user.api_key_id}:{key}".encode()).decode())
+        query = {"grant_type": "client_credentials"}
+        answers = [await client.post(TOKEN_PATH, params=query, headers=headers) for headers in ([pair], [pair, bad])]
+        assert [answer.status_code for answer in answers] == [200, 401]

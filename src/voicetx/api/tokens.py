@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope
 
 from voicetx.api.answers import Answer, ClientGone, Headers, note_for_log, to_rejected, to_response
 from voicetx.api.bodies import read_body
-from voicetx.api.updates import client_address
+from voicetx.api.updates import client_address, find_authorization
 from voicetx.auth import Token
 from voicetx.errors import Refusal, Rejected
 from voicetx.services import Services
@@ -138,7 +138,7 @@ async def create_access_token(request: Request) -> Response:
 
 async def answer_token(services: Services, scope: Scope, receive: Receive) -> Answer:
     """Answer one request for a token; every failure becomes an answer, but for `ClientGone`."""
-    authorization = next((value for name, value in scope["headers"] if name == b"authorization"), None)
+    authorization = find_authorization(scope)
     try:
         body = await read_body(
             scope,

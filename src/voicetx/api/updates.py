@@ -117,19 +117,21 @@ async def sign_in(services: Services, scope: Scope) -> ApiUser:
     user = _recall(services, scope)
     if user is not None:
         return user
-    return await services.authenticator.authenticate(_find_authorization(scope), client_address(scope))
+    return await services.authenticator.authenticate(find_authorization(scope), client_address(scope))
 
 
 def _recall(services: Services, scope: Scope) -> ApiUser | None:
-    authorization = _find_authorization(scope)
+    authorization = find_authorization(scope)
     return services.authenticator.recall(authorization) if authorization is not None else None
 
 
-def _find_authorization(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            return bytes(value)
-    return None
+def find_authorization(scope: Scope) -> bytes | None:
+    """Return the `authorization` field; empty, which is nobody's, where there are several.
+
+    A proxy in front may have looked at another one than we would.
+    """
+    found = [value for name, value in scope["headers"] if name == b"authorization"]
+    return (bytes(found[0]) if len(found) == 1 else b"") if found else None
 
 
 def require_grant(user: ApiUser, grant: Grant) -> None:
