@@ -1,6 +1,7 @@
 """The throttle: never more than the limit, the right time to come back, and calls go on while Redis does not."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -154,7 +155,7 @@ async def test_failed_sign_ins_block_an_address(clock: Clock) -> None:
     async with open_throttle(sign_in_throttle="3/minute") as throttle:
         for _ in range(3):
             throttle.check_sign_in("192.0.2.1")
-            throttle.count_failed_sign_in("192.0.2.1")
+            await throttle.count_failed_sign_in("192.0.2.1")
         with pytest.raises(ThrottleReached) as reached:
             throttle.check_sign_in("192.0.2.1")
         assert reached.value.retry_after_seconds == 42
@@ -175,7 +176,7 @@ async def test_failed_sign_ins_block_an_address(clock: Clock) -> None:
 async def test_addresses_of_one_client_count_together(failing: str, same: str) -> None:
     """Addresses of one IPv6 /64 are one client, and so are both spellings of an IPv4 address."""
     async with open_throttle(sign_in_throttle="1/day") as throttle:
-        throttle.count_failed_sign_in(failing)
+        await throttle.count_failed_sign_in(failing)
         with pytest.raises(ThrottleReached):
             throttle.check_sign_in(same)
 
@@ -191,7 +192,7 @@ async def test_addresses_of_one_client_count_together(failing: str, same: str) -
 async def test_addresses_of_two_clients_do_not(failing: str, other: str) -> None:
     """Another /64, another IPv4 address, another name is another client."""
     async with open_throttle(sign_in_throttle="1/day") as throttle:
-        throttle.count_failed_sign_in(failing)
+        await throttle.count_failed_sign_in(failing)
         throttle.check_sign_in(other)
 
 
@@ -200,7 +201,7 @@ async def test_failed_sign_ins_take_bounded_memory(clock: Clock, monkeypatch: py
     monkeypatch.setattr(throttle_module, "_ADDRESSES_MOST", 10)
     async with open_throttle(sign_in_throttle="5/minute") as throttle:
         for number in range(100):
-            throttle.count_failed_sign_in(f"{number}" + "x" * 10_000)
+            await throttle.count_failed_sign_in(f"{number}" + "x" * 10_000)
             assert len(throttle._failed_sign_ins) <= 10
         assert max(map(len, throttle._failed_sign_ins)) < 100
         clock.now += 60
@@ -617,3 +618,42 @@ async def test_the_common_file_keeps_no_count_for_ever(tmp_path: Path, monkeypat
             clock.now += 1000
         [(kept,)] = throttle._counts._connection.execute("SELECT count(*) FROM count")  # type: ignore[union-attr]
     assert kept == 1
+
+
+async def fail_until_refused(throttle: Throttle, address: str = "192.0.2.1") -> int:
+    """Return how many sign-ins an address may fail before it is refused."""
+    for failures in range(100):
+        try:
+            throttle.check_sign_in(address)
+        except ThrottleReached:
+            return failures
+        await throttle.count_failed_sign_in(address)
+    raise AssertionError("never refused")
+
+
+@pytest.mark.parametrize("has_redis", [True, False])
+async def test_processes_count_failed_sign_ins_together(
+    has_redis: bool, valkey_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """What an address failed in one process counts in the next, which learns of it with the next failure."""
+    clock.now += 60 * secrets.randbelow(1_000_000)  # the Valkey server is others' too
+    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    values = {"sign_in_throttle": "5/minute", "redis_url": valkey_url if has_redis else None}
+    async with open_throttle(**values) as one, open_throttle(**values) as two:
+        assert await fail_until_refused(one) == 5
+        assert await fail_until_refused(two) == 1
+        two.check_sign_in("192.0.2.2")
+        clock.now += 60
+        assert await fail_until_refused(two) == 5
+
+
+async def test_failed_sign_ins_are_counted_here_while_redis_hangs(start_valkey: Callable[[], Valkey]) -> None:
+    """A Redis that hangs delays a refusal by its timeout once, and an address is locked out all the same."""
+    valkey = start_valkey()
+    values = {"redis_url": valkey.url, "redis_timeout_seconds": 0.05, "redis_retry_seconds": 60}
+    async with open_throttle(sign_in_throttle="5/day", **values) as throttle:
+        valkey.pause()
+        with capture_logs() as lines:
+            assert await fail_until_refused(throttle) == 5
+        valkey.resume()
+    assert [line["event"] for line in lines] == ["throttle.redis_away"]

@@ -127,10 +127,10 @@ class Authenticator:
         `authenticate`.
         """
         if not secret_key.startswith(_SECRET_PREFIX):
-            self._fail(address)
+            await self._fail(address)
         found = await self._find(secret_key.encode(), address)
         if not hmac.compare_digest(str(found.user.api_key_id).encode(), api_key_id.strip().lower().encode()):
-            self._fail(address)
+            await self._fail(address)
         if (admission := self._throttle.admit(found.user.api_key_id, found.user.call_limit)) is not None:
             await admission
         token = _TOKEN_PREFIX + secrets.token_urlsafe(32)
@@ -152,7 +152,7 @@ class Authenticator:
         except ValueRefused:
             # The secret key was revoked since it was looked up.
             self._found.pop(secret_digest, None)
-            self._fail(address)
+            await self._fail(address)
         return Token(token, self._token_lifetime_seconds, found.user)
 
     async def _find(self, credential: bytes, address: str) -> _Found:
@@ -170,7 +170,7 @@ class Authenticator:
         # Shielded: callers share it, and one that hangs up must not take it away from the others.
         found = await asyncio.shield(lookup)
         if found is None:
-            self._fail(address)
+            await self._fail(address)
         return found
 
     async def _look_up(self, digest: bytes, *, is_token: bool) -> _Found | None:
@@ -190,8 +190,8 @@ class Authenticator:
         if not lookup.cancelled():
             lookup.exception()  # it is raised where it is awaited; if everybody hung up, nobody is owed it
 
-    def _fail(self, address: str) -> NoReturn:
-        self._throttle.count_failed_sign_in(address)
+    async def _fail(self, address: str) -> NoReturn:
+        await self._throttle.count_failed_sign_in(address)
         raise Rejected(Refusal.NOT_SIGNED_IN)
 
 

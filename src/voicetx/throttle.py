@@ -125,6 +125,7 @@ class _SharedCounts:
             "PRAGMA journal_mode = WAL",
             "PRAGMA synchronous = OFF",
             "CREATE TABLE IF NOT EXISTS count (key TEXT PRIMARY KEY, calls INTEGER, kept_until REAL) WITHOUT ROWID",
+            "CREATE INDEX IF NOT EXISTS count_kept_until ON count (kept_until)",
         ):
             self._connection.execute(statement).close()
 
@@ -153,7 +154,8 @@ class Throttle:
     of one instance count together in a file, those of several instances with Redis: a limit is never exceeded, limits
     below 100 are exact, and a larger one may be reached early by what the other processes hold leased, a fiftieth of it
     each. While Redis is away each instance counts for itself, and still admits no more than the limit; `fallbacks` is
-    the number of calls that were so decided.
+    the number of calls that were so decided. Failed sign-ins are counted together in the same places; a process learns
+    of those elsewhere with the next one here, so an address may have one more in each process.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -223,18 +225,25 @@ class Throttle:
         return None
 
     def check_sign_in(self, address: str) -> None:
-        """Raise `ThrottleReached` for an address that has had as many failed sign-ins in this process as it may."""
+        """Raise `ThrottleReached` for an address that is known here to have had as many failed sign-ins as it may."""
         if self._count_by_network().get(_name_network(address), 0) >= self._sign_in_limit.limit.amount:
             raise _refuse(self._sign_in_limit, (self._sign_in_window + 1) * self._sign_in_limit.limit.get_expiry())
 
-    def count_failed_sign_in(self, address: str) -> None:
-        """Count a failed sign-in of an address; an IPv6 address counts for its /64, a name for itself."""
+    async def count_failed_sign_in(self, address: str) -> None:
+        """Count a failed sign-in of an address; an IPv6 address counts for its /64, a name for itself.
+
+        Takes at most the Redis timeout, however Redis fares.
+        """
         metrics.FAILED_SIGN_INS.inc()
         counts, network = self._count_by_network(), _name_network(address)
         if len(counts) >= _ADDRESSES_MOST:
             # Who commands that many addresses is not held up by counting them; memory has to be bounded.
             counts.clear()
         counts[network] = counts.get(network, 0) + 1
+        window = self._sign_in_window
+        together = await self._count_together(f"sign-in/{network}/{window}", self._sign_in_limit.limit.get_expiry())
+        if window == self._sign_in_window:
+            counts[network] = max(together, counts.get(network, 0))
 
     async def close(self) -> None:
         """Close the connections to Redis, once the calls that wait for it are decided."""
@@ -289,6 +298,24 @@ class Throttle:
                 _log.warning("throttle.counts_away", reason=str(error))
         counted: int = self._limiter.limiter.storage.incr(lease.key, lease.length_seconds, amount=asked)
         return counted
+
+    async def _count_together(self, key: str, length_seconds: int) -> int:
+        """Count one more of `key` with the other processes and return where it stands; 0 where that can't be had."""
+        if self._redis is not None and self._may_ask_redis():
+            try:
+                async with asyncio.timeout(self._timeout_seconds):
+                    counted = await self._redis.incr(key, length_seconds + _KEPT_AFTER_WINDOW_SECONDS)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with Redis, it is counted here
+                self._note_away(error)
+            else:
+                self._note_back()
+                return int(counted)
+        if self._counts is not None:
+            try:
+                return self._counts.incr(key, length_seconds, 1)
+            except sqlite3.Error as error:
+                _log.warning("throttle.counts_away", reason=str(error))
+        return 0
 
     async def _ask(self, redis: RedisStorage, lease: _Lease) -> None:
         """Decide on all calls that wait for a lease; those that come in meanwhile share the next question."""
