@@ -1,5 +1,6 @@
 """Many updates in one request: each line is answered as if it had come alone."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from bodies import GONE, encode, make_body
 from platform_side import make_user, register, show
 from servers import Service
+from test_app import connect, running_app
 from test_contract import BAD_VALUES, NOT_JSON
 from voicetx.api.bulk import BULK_PATH, LineSplitter
 from voicetx.auth import Grant
@@ -127,3 +129,45 @@ def test_lines_do_not_depend_on_chunks(text: bytes, cuts: list[int]) -> None:
         for number, line in enumerate(text.split(b"\n"), start=1)
         if line.strip() or len(line) > 20
     ]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("line", [b"{", b"{}"], ids=["broken", "empty"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_refused_lines_leave_others_their_turns(database_url: str, line: bytes) -> None:
+    """However many lines of a chunk are refused, others have had many turns before the chunk is done."""
+    async with running_app(database_url, throttle="1000000/second") as (app, _, key), connect(app) as client:
+        headers = {"authorization": f"Bearer {key}"}
+        assert (await client.post(BULK_PATH, content=b"{}", headers=headers)).status_code == 200
+        turns = 0
+        content = (line + b"\n") * (60_000 // len(line + b"\n"))
+        request = asyncio.create_task(client.post(BULK_PATH, content=content, headers=headers))
+        while not request.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert (await request).status_code == 200
+    assert turns > 300
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_user_has_only_so_many_requests_under_way(database_url: str) -> None:
+    """A fifth request of many updates at once is 429 with Retry-After; when others have ended, the next is taken."""
+    async with running_app(database_url) as (app, services, key), connect(app) as client:
+        headers = {"authorization": f"Bearer {key}"}
+        body = encode(make_body("tx-1"))
+        finish = asyncio.Event()
+
+        async def slowly() -> Any:
+            yield body
+            await finish.wait()
+
+        slow = [asyncio.create_task(client.post(BULK_PATH, content=slowly(), headers=headers)) for _ in range(4)]
+        while services.bulks.total() < 4:
+            await asyncio.sleep(0)
+        answer = await client.post(BULK_PATH, content=body, headers=headers)
+        assert (answer.json()["code"], answer.headers["retry-after"]) == (429, "1")
+        finish.set()
+        assert {(await request).status_code for request in slow} == {200}
+        assert (await client.post(BULK_PATH, content=body, headers=headers)).status_code == 200
+    assert services.bulks.total() == 0

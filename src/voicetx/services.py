@@ -4,8 +4,10 @@
 application. Closing answers everybody who waits before the database goes.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
+from uuid import UUID
 
 from voicetx import migrations
 from voicetx.auth import Authenticator
@@ -24,6 +26,8 @@ class Services:
     throttle: Throttle
     authenticator: Authenticator
     recorder: Recorder
+    bulks: Counter[UUID] = field(default_factory=Counter)
+    """Requests of many updates that are under way, by API user."""
 
     @classmethod
     async def start(cls, settings: Settings) -> "Services":

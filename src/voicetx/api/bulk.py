@@ -8,6 +8,7 @@ that sends before it listens would otherwise wait for us as we for it.
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope
 
+from voicetx import metrics
 from voicetx.api.answers import Answer, ClientGone, answer_error, note_for_log, render_refusal, to_rejected, to_response
 from voicetx.api.bodies import read_chunks
 from voicetx.api.openapi import BULK_REQUEST, describe_bulk_answers
@@ -30,6 +32,8 @@ BULK_PATH = "/api/v1/updates"
 _NDJSON = ((b"content-type", b"application/x-ndjson"),)
 _LINES_A_TURN = 64  # then others have theirs: single updates must not wait for a whole chunk
 _TURNS_AHEAD = 8
+_CHUNK_BYTES = 16_384
+_BULKS_AT_ONCE = 4  # of an API user in a process: their answers are kept in memory
 
 router = APIRouter(tags=["Updates"])
 
@@ -52,13 +56,27 @@ async def update_transactions(request: Request) -> Response:
     try:
         user = await sign_in(services, request.scope)
         require_grant(user, Grant.TRANSACTIONS_UPDATE)
-        answer = await answer_bulk(services, user, request.scope, request.receive)
+        with _take_place(services, user):
+            answer = await answer_bulk(services, user, request.scope, request.receive)
     except ClientGone:
         raise
     except Exception as error:  # noqa: BLE001 - each becomes its answer, and the unforeseen ones a log line too
         answer = answer_error(error)
     note_for_log(request.scope, code=answer.code, user=user)
     return to_response(answer)
+
+
+@contextmanager
+def _take_place(services: Services, user: ApiUser) -> Iterator[None]:
+    """Raise `Rejected` (429) where a user has as many of these requests under way as it may."""
+    if services.bulks[user.api_key_id] >= _BULKS_AT_ONCE:
+        metrics.THROTTLED.inc()
+        raise Rejected(Refusal.THROTTLED, retry_after_seconds=1)
+    services.bulks[user.api_key_id] += 1
+    try:
+        yield
+    finally:
+        services.bulks[user.api_key_id] -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +112,19 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
             raise Rejected(Refusal.BODY_TOO_LARGE)
         answer = await _take_line(services, user, line)
         answers.append(answer)
+        if len(answers) % _LINES_A_TURN == 0:
+            await asyncio.sleep(0)
         if isinstance(answer, _Pending):
             unfinished.append(answer)
-            if len(unfinished) % _LINES_A_TURN == 0:
-                await asyncio.sleep(0)
             if len(unfinished) >= _LINES_A_TURN * _TURNS_AHEAD:
                 await _wait_for(unfinished[: len(unfinished) // 2])
                 unfinished = unfinished[len(unfinished) // 2 :]
     await _wait_for(unfinished)
-    lines = (answer if isinstance(answer, bytes) else _conclude(answer) for answer in answers)
+    lines: list[bytes] = []
+    for answer in answers:
+        lines.append(answer if isinstance(answer, bytes) else _conclude(answer))
+        if len(lines) % _LINES_A_TURN == 0:
+            await asyncio.sleep(0)
     return Answer(200, 200, b"".join(lines), _NDJSON)
 
 
@@ -147,8 +169,10 @@ async def _split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncI
     """Yield the lines that are not blank, never keeping more than `limit_bytes` of one."""
     splitter = LineSplitter(limit_bytes)
     async for chunk in chunks:
-        for line in splitter.feed(chunk):
-            yield line
+        for start in range(0, len(chunk), _CHUNK_BYTES):
+            for line in splitter.feed(chunk[start : start + _CHUNK_BYTES]):
+                yield line
+            await asyncio.sleep(0)  # lines may all be blank
     for line in splitter.feed(b"\n"):
         yield line
 

@@ -135,6 +135,7 @@ def describe_bulk_answers() -> dict[int | str, dict[str, Any]]:
         Refusal.NOT_GRANTED,
         Refusal.NOT_SIGNED_IN,
         Refusal.METHOD_NOT_SUPPORTED,
+        Refusal.THROTTLED,
         Refusal.BODY_TOO_SLOW,
         Refusal.BODY_TOO_LARGE,
         Refusal.INTERNAL,
