@@ -85,3 +85,7 @@ bench-quick: $(VENV)/.dev  ## the same in a minute and a half: one short round, 
 .PHONY: bench-growth
 bench-growth: $(VENV)/.dev  ## the same with ten million transactions (half an hour, 40 GB of disk)
 	$(BIN)/python bench/growth.py $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.dev  ## send hostile bodies and bytes to both databases for an hour (ARGS="--minutes 5", ARGS="--count 10000")
+	$(BIN)/python tests/fuzz.py $(ARGS)
