@@ -27,6 +27,7 @@ from voicetx.api.answers import (
     to_response,
 )
 from voicetx.api.openapi import complete_openapi
+from voicetx.api.pages import PageGuard
 from voicetx.contract import UPDATE_PATH
 from voicetx.errors import Rejected
 from voicetx.logs import configure_logging
@@ -63,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router)
     for kind in (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException):
         app.add_exception_handler(kind, _answer_exception)
+    app.add_middleware(PageGuard)
     app.add_middleware(RequestLine)
     complete_openapi(app)
     return app

@@ -1,0 +1,59 @@
+"""What a browser may do with the pages that the service shows: no more than they need (docs/security.md).
+
+A page runs its own scripts and talks to its own service, is shown in nobody's frame and tells nobody where it was. The
+scripts that stand in a page are allowed by their digest: nothing that a client sends gets into one, so they are ours.
+What holds a page and what is in it this module does not know. HSTS is the business of the proxy, which does TLS.
+"""
+
+import base64
+import hashlib
+import re
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+# Swagger UI and ReDoc write styles into their elements; ReDoc searches in a worker of its own making.
+_POLICY = (
+    "default-src 'none'; script-src 'self'{digests}; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    " font-src 'self' data:; connect-src 'self'; worker-src blob:; base-uri 'none'; form-action 'self';"
+    " frame-ancestors 'none'"
+)
+
+
+class PageGuard:
+    """Adds to pages, and to what is loaded by them, what keeps a browser from doing harm with them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's scope, as ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        held: Message | None = None
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal held
+            if message["type"] == "http.response.start":
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                if not kind.startswith(b"application/json"):
+                    message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                if kind.startswith(b"text/html"):
+                    held = message  # its policy depends on its text
+                    return
+            elif held is not None:
+                start, held = held, None
+                policy = _POLICY.format(digests="".join(map(_allow, _SCRIPT.findall(message.get("body", b"")))))
+                start["headers"] += [
+                    (b"content-security-policy", policy.encode()),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+                await send(start)
+            await send(message)
+
+        await self._app(scope, receive, send_guarded)
+
+
+def _allow(script: bytes) -> str:
+    return f" 'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"
