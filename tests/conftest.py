@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,10 +14,22 @@ from uuid import uuid4
 import hypothesis
 import pytest
 
+from bodies import PRIVATE
 from dialer import Evidence
-from servers import PostgreSQL, Valkey, is_foreign
+from servers import PostgreSQL, Service, Valkey, is_foreign
 from voicetx import migrations
 from voicetx.store import Store
+
+_CREDENTIAL = re.compile(r"\bv(sk|at)_[\w-]{8,}")
+
+
+def judge_log(log: str) -> None:
+    """Fail the test whose served program has logged a credential, a number, digits or a text that was sent."""
+    found = _CREDENTIAL.findall(log) + [value for value in PRIVATE if value in log]
+    assert not found, f"A log holds what nobody may read: {found}"
+
+
+Service.judge_log = staticmethod(judge_log)
 
 hypothesis.settings.register_profile("voicetx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("voicetx")

@@ -437,6 +437,9 @@ class Service(Server):
 
     _name = "The service"
 
+    judge_log: ClassVar[Callable[[str], None] | None] = None
+    """Gets what each served program has printed, once it has ended; raises what it has against it."""
+
     def __init__(
         self,
         database_url: str,
@@ -450,6 +453,12 @@ class Service(Server):
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._environment = clean_environment(database_url, **(environment or {}))
         self._arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", str(workers), *arguments]
+
+    def _end(self, number: signal.Signals) -> int | None:
+        status = super()._end(number)
+        if (judge := type(self).judge_log) is not None:
+            judge(self.log_text())
+        return status
 
     def terminate(self) -> int | None:
         """Send SIGTERM, wait for the end of every process, and return the exit status; None where it is not running."""

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 import servers
+from bodies import encode
 from servers import PostgreSQL, ServerFailedError, Service, Valkey, find_free_port, run_command
 
 
@@ -308,3 +309,13 @@ def test_a_free_port_is_one_that_nobody_listens_on(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ServerFailedError, match=f"No port from {taken} to {taken} is free"):
             find_free_port()
     assert find_free_port() == taken
+
+
+@pytest.mark.parametrize("secret", ["vsk_" + "x" * 43, "vat_" + "-" * 43, "+4915550009"])
+def test_a_log_with_a_secret_fails_its_test(tmp_path: Path, secret: str) -> None:
+    """A served program that logs a credential, or a number that a test has sent, fails that test when it ends."""
+    encode({"a-party": "+4915550009"})
+    service = Service(f"sqlite:///{tmp_path / 'voicetx.db'}")
+    with pytest.raises(AssertionError, match="what nobody may read"), service, service._log.open("a") as log:
+        log.write(f'{{"event": "oops", "x": "{secret}"}}\n')
+    assert not service._folder.exists()

@@ -1,0 +1,243 @@
+"""What an attacker meets, with a credential and without one (docs/security.md)."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import Mount
+
+from bodies import encode, make_body
+from platform_side import make_user, register, run_on
+from servers import Service, run_command, wait_until
+from test_app import connect, running_app
+from voicetx import auth
+from voicetx.api.bulk import BULK_PATH
+from voicetx.api.pages import _allow
+from voicetx.api.tokens import TOKEN_PATH
+from voicetx.auth import Grant
+from voicetx.contract import UPDATE_PATH
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+
+OPEN = {
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/redoc",
+    "/static-offline-docs",
+}
+"""The paths that answer without a credential, each named in docs/security.md. The token endpoint takes its own."""
+
+
+def walk(routes: Iterable[Any]) -> Iterator[tuple[str, set[str]]]:
+    """Yield path and methods of every route, those of included routers too."""
+    for route in routes:
+        if hasattr(route, "original_router"):
+            yield from walk(route.original_router.routes)
+        elif isinstance(route, Mount):
+            yield route.path, {"GET"}
+        else:
+            yield re.sub(r"\{\w+\}", "x", route.path), set(route.methods)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_no_route_answers_without_a_credential_but_those_named(database_url: str) -> None:
+    """Each route but the open ones refuses strangers with 401, and an API user without grants with 430."""
+    met = set()
+    async with running_app(database_url) as (app, services, _), connect(app) as client:
+        _, key = await services.store.write(lambda connection: auth.add_user(connection, "nobody", []))
+        for path, methods in walk(app.routes):
+            met.add(path)
+            for method in methods - {"HEAD", "OPTIONS"}:
+                if path in OPEN:
+                    assert f"`{path}`" in PAGE
+                    continue
+                for authorization in [None, "Bearer vsk_guess", "Basic eDp4"]:
+                    headers = {"authorization": authorization} if authorization else {}
+                    answer = await client.request(method, path, headers=headers, params={"grant_type": GRANT_TYPE})
+                    assert answer.status_code == 401, (method, path)
+                answer = await client.request(method, path, headers={"authorization": f"Bearer {key}"})
+                assert path == TOKEN_PATH or answer.json()["code"] == 430, (method, path)
+    assert {UPDATE_PATH, BULK_PATH, TOKEN_PATH, *OPEN} <= met
+
+
+GRANT_TYPE = "client_credentials"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("how", ["key deleted", "user deleted", "grant withdrawn", "token expired"])
+def test_what_is_taken_away_is_gone_in_every_process(database_url: str, how: str) -> None:
+    """A deleted key or user, a withdrawn grant, an expired token are refused by all processes and both endpoints."""
+    user, key = make_user(database_url, "leaver")
+    register(database_url, ["tx-1"])
+    settings = {"VOICETX_TOKEN_LIFETIME_SECONDS": "2" if how == "token expired" else "3600"}
+    with Service(database_url, workers=2, environment=settings) as service:
+        asked = httpx.post(
+            service.base_url + TOKEN_PATH, params={"grant_type": GRANT_TYPE}, auth=(str(user.api_key_id), key)
+        )
+        credential = asked.json()["access_token"] if how == "token expired" else key
+
+        def codes() -> set[int]:
+            # A connection each, so that both processes are met.
+            headers = {"authorization": f"Bearer {credential}"}
+            body = encode(make_body("tx-1"))
+            paths = [UPDATE_PATH, BULK_PATH] * 6
+            answers = [httpx.post(service.base_url + path, content=body, headers=headers) for path in paths]
+            return {200 if answer.status_code == 200 else answer.json()["code"] for answer in answers}
+
+        match how:
+            case "key deleted":
+                assert codes() == {200}
+                run_on(database_url, lambda connection: auth.delete_key(connection, user_of(connection), 1))
+            case "user deleted":
+                assert codes() == {200}
+                run_on(database_url, lambda connection: auth.delete_user(connection, user))
+            case "grant withdrawn":
+                assert codes() == {200}
+                run_on(database_url, lambda connection: auth.set_grants(connection, user, [Grant.TRANSACTIONS_READ]))
+        wait_until(lambda: codes() == {430 if how == "grant withdrawn" else 498}, "It went on working")
+
+
+def user_of(connection: Any) -> auth.ApiUser:
+    """Return the API user that leaves, with its key slots."""
+    return auth.find_user(connection, "leaver")
+
+
+def sign_in_statuses(service: Service, forwarded_for: str | None, attempts: int) -> list[int]:
+    """Return the statuses of so many sign-ins that fail, on connections of their own."""
+    headers = {"x-forwarded-for": forwarded_for} if forwarded_for is not None else {}
+    headers["authorization"] = "Bearer vsk_guess"
+    paths = [UPDATE_PATH, BULK_PATH]
+    return [httpx.post(service.base_url + paths[i % 2], headers=headers).status_code for i in range(attempts)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_guesses_are_counted_by_all_processes_together(database_url: str) -> None:
+    """However many processes are met, an address has its failed sign-ins once, and one more in each further one."""
+    with Service(database_url, workers=2, environment={"VOICETX_SIGN_IN_THROTTLE": "10/day"}) as service:
+        statuses = sign_in_statuses(service, None, 40)
+    assert statuses.count(429) >= 40 - 11
+    assert set(statuses) == {401, 429}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_an_untrusted_peer_cannot_choose_its_address(database_url: str) -> None:
+    """Without trusted proxies X-Forwarded-For means nothing: made-up addresses share the peer's failed sign-ins."""
+    settings = {"VOICETX_SIGN_IN_THROTTLE": "3/day", "VOICETX_TRUSTED_PROXIES": "192.0.2.0/24"}
+    with Service(database_url, environment=settings) as service:
+        statuses = [status for i in range(5) for status in sign_in_statuses(service, f"198.51.100.{i}", 1)]
+    assert statuses == [401, 401, 401, 429, 429]
+
+
+@pytest.mark.parametrize("proxies", ["127.0.0.1, 10.0.0.0/8", "127.0.0.9/24,10.1.2.3/8"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_behind_a_trusted_proxy_the_last_stranger_counts(database_url: str, proxies: str) -> None:
+    """The client is the last address in the list that is no trusted proxy's, whatever it wrote before it."""
+    settings = {"VOICETX_SIGN_IN_THROTTLE": "3/day", "VOICETX_TRUSTED_PROXIES": proxies}
+    with Service(database_url, environment=settings) as service:
+        for same in [
+            ["198.51.100.1"] * 4,
+            ["198.51.100.2", "1.1.1.1, 198.51.100.2", "junk, 198.51.100.2, 10.0.0.7", "198.51.100.2:4711"],
+            ["2001:db8:1:1::1", "[2001:db8:1:1::2]:4711", "2001:db8:1:1::3, 10.9.9.9", "2001:DB8:1:1::4"],
+            ["x" * 5000, "x" * 6000, "y, " + "x" * 7000, "x" * 5000],
+        ]:
+            statuses = [status for address in same for status in sign_in_statuses(service, address, 1)]
+            assert statuses == [401, 401, 401, 429], same
+        # Nobody in front of the proxies: the proxy itself.
+        assert sign_in_statuses(service, None, 4) == [401, 401, 401, 429]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_lookup_alone_lets_nobody_in(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that was found counts only if its digest compares equal in constant time."""
+    async with running_app(database_url) as (app, _, key), connect(app) as client:
+        monkeypatch.setattr("voicetx.auth.hmac.compare_digest", lambda *_: False)
+        answer = await client.put(UPDATE_PATH, headers={"authorization": f"Bearer {key}"})
+    assert answer.json()["code"] == 498
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_database_holds_no_credential(database_url: str) -> None:
+    """Secret keys and tokens are in none of the database's files."""
+    user, key = make_user(database_url)
+    with Service(database_url) as service:
+        asked = httpx.post(
+            service.base_url + TOKEN_PATH, params={"grant_type": GRANT_TYPE}, auth=(str(user.api_key_id), key)
+        )
+        path = Path(database_url.removeprefix("sqlite:///"))
+        content = b"".join(file.read_bytes() for file in path.parent.glob(path.name + "*"))
+    assert str(user.name).encode() in content
+    for credential in (key, asked.json()["access_token"]):
+        assert credential.encode() not in content
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_known_credentials_take_bounded_memory(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many credentials are good, only some are kept in mind, and all of them go on working."""
+    monkeypatch.setattr("voicetx.auth._CACHE_SIZE", 3)
+    async with running_app(database_url) as (app, services, _), connect(app) as client:
+        for number in range(8):
+            _, key = await services.store.write(lambda connection, n=number: auth.add_user(connection, f"user-{n}", []))
+            for _ in range(2):
+                answer = await client.put(UPDATE_PATH, headers={"authorization": f"Bearer {key}"})
+                assert answer.json()["code"] == 430
+            assert 1 <= len(services.authenticator._found) <= 3
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_no_client_writes_lines_of_the_log(database_url: str, log_format: str) -> None:
+    """Line breaks in paths, methods, headers and names make no further line, in either format."""
+    assert run_command(database_url, "user", "add", "a\nforged", "--grant", "transactions:update").returncode == 0
+    _, key = make_user(database_url, "b\r\nforged line")
+    with Service(database_url, environment={"VOICETX_LOG_FORMAT": log_format}) as service:
+        headers = {"authorization": f"Bearer {key}", "x-request-id": "x\tforged"}
+        for path in [UPDATE_PATH, "/%0d%0aforged", "/\u2028forged"]:
+            httpx.put(service.base_url + path, headers=headers)
+        wait_until(lambda: service.log_text().count("unknown") >= 2, "Lines are missing")
+        assert not [line for line in service.log_text().splitlines() if line.lstrip().startswith("forged")]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("page", ["/docs", "/redoc", "/docs/oauth2-redirect"])
+async def test_pages_tell_browsers_what_they_may_do(database_url: str, page: str) -> None:
+    """A page runs scripts of the service only, in nobody's frame; nothing that it loads is taken for something else."""
+    async with running_app(database_url) as (app, _, _), connect(app) as client:
+        answer = await client.get(page)
+        policy = answer.headers["content-security-policy"]
+        assert re.findall(r"(?:default-src|frame-ancestors|base-uri) [^;]+", policy) == [
+            "default-src 'none'",
+            "base-uri 'none'",
+            "frame-ancestors 'none'",
+        ]
+        scripts = re.search(r"script-src 'self'([^;]*);", policy)
+        assert scripts is not None
+        inline = re.findall(rb"<script>(.*?)</script>", answer.content, re.DOTALL)
+        assert scripts[1] == "".join(map(_allow, inline))
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        for loaded in re.findall(r"""(?:src|href)=["'](/[^"']+)["']""", answer.text):
+            assert (await client.get(loaded)).headers["x-content-type-options"] == "nosniff"
+
+
+def test_every_line_of_the_threat_model_names_its_tests() -> None:
+    """Each line of the table in docs/security.md names tests, and they exist."""
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| threat")]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(test_\w+)::(test_\w+)`", row.split("|")[-2])
+        assert named, row
+        for module, test in named:
+            source = (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+            assert re.search(rf"^(?:async )?def {test}\(", source, re.MULTILINE), f"{module}::{test}"
