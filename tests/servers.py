@@ -101,13 +101,14 @@ def _tail(log: Path | None) -> str:
     return ":\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])
 
 
-def _find_family(pid: int) -> list[int]:
+def find_family(pid: int) -> list[int]:
     """Return a process and its descendants."""
     family = [pid]
     for parent in family:
-        children = Path(f"/proc/{parent}/task/{parent}/children")
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            family += [int(child) for child in children.read_text().split()]
+        # Each thread has the children that it started.
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                family += [int(child) for child in children.read_text().split()]
     return family
 
 
@@ -189,7 +190,7 @@ class Server(ABC):
         process, self._process = self._process, None
         # The first one is stopped before its children are looked up: it starts none that would be missed.
         _signal([process.pid], signal.SIGSTOP)
-        family = _find_family(process.pid)
+        family = find_family(process.pid)
         _signal(family, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -199,11 +200,11 @@ class Server(ABC):
     def pause(self) -> None:
         """Make the server hang: it keeps its connections and answers nothing."""
         _signal([self.pid], signal.SIGSTOP)
-        _signal(_find_family(self.pid), signal.SIGSTOP)
+        _signal(find_family(self.pid), signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let a paused server go on."""
-        _signal(_find_family(self.pid), signal.SIGCONT)
+        _signal(find_family(self.pid), signal.SIGCONT)
 
     def log_text(self) -> str:
         """Return what the program has printed."""
@@ -214,7 +215,7 @@ class Server(ABC):
         process = self._process
         if process is None:
             return None
-        family = _find_family(process.pid)
+        family = find_family(process.pid)
         process.send_signal(number)
         _signal(family, signal.SIGCONT)
         try:
@@ -467,7 +468,7 @@ class Service(Server):
     def find_workers(self) -> set[int]:
         """Return the processes that serve where there are several; one more tracks multiprocessing's resources."""
         found = set()
-        for pid in _find_family(self.pid)[1:]:
+        for pid in find_family(self.pid)[1:]:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text():
                     found.add(pid)

@@ -9,6 +9,7 @@ import pickle
 import signal
 import socket
 import struct
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class OwnProcess:
 
     def __init__(self) -> None:
         self._start_lock = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._answering: asyncio.Task[None] | None = None
         self._waiting: deque[asyncio.Future[Any]] = deque()
@@ -58,22 +59,21 @@ class OwnProcess:
             return
         if not self._writer.is_closing():
             self._writer.write_eof()
-        await self._process.wait()
+        await asyncio.to_thread(self._process.wait)
         await self._answering
 
     async def _start(self) -> asyncio.StreamWriter:
         if self._process is not None:
-            await self._process.wait()  # it is lost
+            await asyncio.to_thread(self._process.wait)  # it is lost
         ours, theirs = socket.socketpair()
         with theirs:
-            # In a session of its own: a terminal's Ctrl-C is for those who then close it.
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                __name__,
-                str(theirs.fileno()),
+            # In a session of its own: a terminal's Ctrl-C is for those who then close it. Not by asyncio: uvloop would
+            # leave it the listener, to which clients could then connect when nobody serves them any more.
+            self._process = await asyncio.to_thread(
+                subprocess.Popen,
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
         reader, writer = await asyncio.open_connection(sock=ours)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dialer import Answer, Dialer, Evidence, ask, prepare_campaign
-from servers import Service
+from servers import Service, find_family
 
 
 @pytest.fixture
@@ -36,11 +36,14 @@ def check_refusals(dialer: Dialer) -> None:
 def no_room(service: Service) -> Iterator[None]:
     """Let no file of the service grow, its log among them, as on a disk that is full."""
     unlimited = resource.prlimit(service.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (1, unlimited[1]))
+    family = find_family(service.pid)
+    for pid in family:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, unlimited[1]))
     try:
         yield
     finally:
-        resource.prlimit(service.pid, resource.RLIMIT_FSIZE, unlimited)
+        for pid in family:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
 
 
 def test_a_full_disk_is_told_of(path: Path, evidence: Evidence, is_long: bool) -> None:
