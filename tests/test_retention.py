@@ -65,10 +65,10 @@ async def record(
 ) -> list[str]:
     """Record bodies that came in at an instant and return the outcomes."""
     batch = [Received(parse(encode(body)), USER, at_ms) for body in bodies]
-    outcomes = await store.write_in_steps(
+    committed = await store.write_in_steps(
         lambda connection: commit_batch(connection, batch, registers_unknown=registers_unknown)
     )
-    return [outcome.value for outcome in outcomes]
+    return [outcome.value for outcome in committed.outcomes]
 
 
 async def show(store: Store, transaction_id: str) -> TransactionReport | None:
