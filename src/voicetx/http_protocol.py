@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from voicetx.recording import Outcome
 
 _PATIENCE_SECONDS = 0.1  # for a body that comes after its head; then it is waited for on the way of every request
-_LAST_REQUEST_SECONDS = 0.2  # for a request that was on its way when the service was told to stop
+_LAST_REQUEST_SECONDS = 0.5  # for a request that was on its way when the service was told to stop
 _LONG_BODY_BYTES = 32_768  # uvicorn stops reading at twice that, until somebody takes what is there
 _HEAD_MOST_BYTES = 16_384
 _HEADERS_MOST = 100

@@ -24,6 +24,7 @@ from voicetx.throttle import COUNTS_FILE_VARIABLE
 
 _BACKLOG = 2048
 _PATIENCE_SECONDS = 60  # a worker that starts on a busy machine must not be taken for a dead one
+_FAREWELL_SECONDS = 2.0  # of all processes but the last; one that takes longer ends beside the next
 _MOST_BY_DEFAULT = 4
 _HAS_SHARED_PORTS = sys.platform == "linux"
 
@@ -109,10 +110,16 @@ class _Workers(Multiprocess):
             self.processes.append(process)
 
     def terminate_all(self) -> None:
-        """Tell every process to end; from then on nobody can connect, and be reset when the last listener closes."""
+        """Tell every process to end, one after the other.
+
+        So dialers that one process sends away are served by the next, and nobody listens any more when the last sends
+        its own away: a connection that nobody takes before its listener closes is reset.
+        """
         for listener in self._listeners:
             listener.close()
-        super().terminate_all()
+        for process in self.processes:
+            process.terminate()
+            process.process.join(_FAREWELL_SECONDS / len(self.processes))
 
     def keep_subprocess_alive(self) -> None:
         """Start those again that have died.

@@ -9,12 +9,14 @@ import asyncpg
 
 from dialer import Answer, Dialer, Evidence, prepare_campaign
 from servers import PostgreSQL, Service
+from voicetx.contract import UPDATE_PATH
 
 
 def test_sigterm_answers_everybody(database_url: str, evidence: Evidence, is_long: bool) -> None:
     """On SIGTERM every request that was accepted is answered, none with a failure, and all are on disk."""
     secret_key = prepare_campaign(database_url)
     workers = 1 if database_url.startswith("sqlite") else 2
+    answered = 0
     with Service(database_url, workers=workers) as service:
         for round_number in range(10 if is_long else 1):
             if round_number:
@@ -24,7 +26,11 @@ def test_sigterm_answers_everybody(database_url: str, evidence: Evidence, is_lon
                 assert service.terminate() in {0, -signal.SIGTERM}
             evidence.faults += 1
             assert not dialer.failures()
-            # One that connected in the moment in which the listener was closed was accepted by nobody.
+            answered += len(dialer.answers)
+            log = service.log_text()
+            assert sum(UPDATE_PATH in line and '"code":200' in line for line in log.splitlines()) == answered
+            assert "request.abandoned" not in log
+            # One that connected in the moment in which a listener was closed was read by nobody; they are few.
             assert dialer.cut_off <= 2
             evidence.check(database_url, [dialer])
 
