@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, select
 
-from bodies import encode, make_body
+from bodies import PRIVATE, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
 from voicetx.contract import UPDATE_PATH, Update, parse, restore
@@ -73,6 +73,7 @@ class Dialer:
         self._pause_seconds = pause_seconds
         self._is_patient = is_patient
         self._run = uuid4().hex
+        PRIVATE.add(self._run)  # is in every message that is sent
         self._is_ringing = True
         self._thread = threading.Thread(target=lambda: asyncio.run(self._ring()))
         self._defect: BaseException | None = None
@@ -225,7 +226,7 @@ def draw_body(random: Random, transaction_id: str, message: str) -> bytes:
     }
     given = {name: value for name, value in optional.items() if random.random() < 0.5}
     end = f"2026-03-01 09:01:{random.randrange(60):02}.{random.randrange(1000):03}"
-    return encode(make_body(transaction_id, call_endtime=end, message=message, **given))
+    return json.dumps(make_body(transaction_id, call_endtime=end, message=message, **given)).encode()
 
 
 def prepare_campaign(database_url: str) -> str:

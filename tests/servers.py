@@ -466,11 +466,18 @@ class Service(Server):
         return self._end(signal.SIGTERM)
 
     def find_workers(self) -> set[int]:
-        """Return the processes that serve where there are several; one more tracks multiprocessing's resources."""
+        """Return the processes that serve, where there are several."""
+        return self._find_processes("multiprocessing.spawn")
+
+    def find_writers(self) -> set[int]:
+        """Return the processes that write to a database file."""
+        return self._find_processes("voicetx.own_process")
+
+    def _find_processes(self, what: str) -> set[int]:
         found = set()
-        for pid in find_family(self.pid)[1:]:
+        for pid in find_family(self.pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text():
+                if what in Path(f"/proc/{pid}/cmdline").read_text():
                     found.add(pid)
         return found
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import uvloop
 
 from bodies import encode, make_body
 from conftest import migrate
@@ -48,6 +50,21 @@ async def test_what_cannot_be_sent_back_is_named() -> None:
         await process.run(partial(open, os.devnull))
     assert await process.run(partial(int, "7")) == 7
     await process.close()
+
+
+def test_what_is_open_here_is_not_open_there() -> None:
+    """On the loop that serves, a listener that may be handed down is not held open by the process."""
+
+    async def look(number: int) -> None:
+        process = OwnProcess()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            await process.run(partial(os.fstat, number))
+        await process.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.set_inheritable(True)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(look(listener.fileno()))
 
 
 async def test_a_process_that_is_lost_starts_again() -> None:

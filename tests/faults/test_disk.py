@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,18 +75,48 @@ class Unprivileged(Service):
 
 
 def test_a_file_that_cannot_be_written_is_told_of(path: Path, evidence: Evidence, is_long: bool) -> None:
-    """With a file that may only be read everybody is answered 500; once it may be written, a new start heals."""
-    url = f"sqlite:///{path}"
-    secret_key = prepare_campaign(url)
-    for _ in range(5 if is_long else 1):
-        path.chmod(0o400)
-        with Unprivileged(url) as service, Dialer(service, secret_key) as refused:
+    """With a file that may only be read everybody is answered 500; opened anew when it may be written, all is well."""
+    secret_key = prepare_campaign(f"sqlite:///{path}")
+    with Unprivileged(f"sqlite:///{path}") as service, Dialer(service, secret_key) as dialer:
+        for _ in range(5 if is_long else 1):
+            dialer.wait_for_answers(50)
+            set_mode(path, 0o400)
+            kill_writer(service)
             evidence.faults += 1
-            refused.wait_for_answers(100, is_failure)
-        check_refusals(refused)
-        assert not refused.acknowledged
-        for file in path.parent.glob(f"{path.name}*"):
-            file.chmod(0o600)
-        with Unprivileged(url) as service, Dialer(service, secret_key) as dialer:
-            dialer.wait_for_answers(100)
-        evidence.check(url, [dialer, refused])
+            dialer.wait_for_answers(50, is_failure)
+            set_mode(path, 0o600)
+            kill_writer(service)
+            dialer.wait_for_answers(50)
+    check_refusals(dialer)
+    evidence.check(f"sqlite:///{path}", [dialer])
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Say who may do what with the files of a database."""
+    for file in path.parent.glob(f"{path.name}*"):
+        file.chmod(mode)
+
+
+def kill_writer(service: Service) -> None:
+    """Have the file opened anew: who has it open does not notice its mode."""
+    for pid in service.find_writers():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_writer_that_is_killed_or_hangs_loses_nothing(path: Path, evidence: Evidence, is_long: bool) -> None:
+    """Where the process that writes to the file is killed or hangs, everybody is answered and all goes on."""
+    secret_key = prepare_campaign(f"sqlite:///{path}")
+    settings = {"VOICETX_COMMIT_TIMEOUT_SECONDS": "1"}
+    with Service(f"sqlite:///{path}", environment=settings) as service, Dialer(service, secret_key) as dialer:
+        for _ in range(10 if is_long else 1):
+            dialer.wait_for_answers(50)
+            kill_writer(service)
+            dialer.wait_for_answers(50)
+            (writer,) = service.find_writers()
+            os.kill(writer, signal.SIGSTOP)
+            dialer.wait_for_answers(16, is_failure)
+            os.kill(writer, signal.SIGCONT)
+            evidence.faults += 2
+            dialer.wait_for_answers(50)
+    check_refusals(dialer)
+    evidence.check(f"sqlite:///{path}", [dialer])
