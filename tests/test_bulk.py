@@ -133,7 +133,7 @@ def test_lines_do_not_depend_on_chunks(text: bytes, cuts: list[int]) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("line", [b"{", b"{}"], ids=["broken", "empty"])
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_refused_lines_leave_others_their_turns(database_url: str, line: bytes) -> None:
     """However many lines of a chunk are refused, others have had many turns before the chunk is done."""
     async with running_app(database_url, throttle="1000000/second") as (app, _, key), connect(app) as client:
@@ -150,7 +150,7 @@ async def test_refused_lines_leave_others_their_turns(database_url: str, line: b
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_a_user_has_only_so_many_requests_under_way(database_url: str) -> None:
     """A fifth request of many updates at once is 429 with Retry-After; when others have ended, the next is taken."""
     async with running_app(database_url) as (app, services, key), connect(app) as client:

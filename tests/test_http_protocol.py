@@ -3,9 +3,11 @@
 import asyncio
 import json
 import re
+import shutil
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,11 +31,13 @@ HEALTHY = {"status": "ok"}
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
-@pytest.fixture
-async def served(sqlite_template: Any, tmp_path: Any) -> AsyncIterator[tuple[Any, str, str]]:
+@pytest.fixture(scope="module")
+async def served(
+    sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
+) -> AsyncIterator[tuple[Any, str, str]]:
     """Serve an application; return it, its address and a secret key."""
-    path = tmp_path / "voicetx.db"
-    path.write_bytes(sqlite_template.read_bytes())
+    path = tmp_path_factory.mktemp("served") / "voicetx.db"
+    shutil.copyfile(sqlite_template, path)
     async with served_app(f"sqlite:///{path}", throttle="1000000/second") as served:
         yield served
 
@@ -360,6 +364,7 @@ async def test_targets_are_read_alike_on_both_ways(
     app, address, key = served
     request = put(key, encode(make_body("tx-1"))).replace(UPDATE_PATH.encode(), target.encode())
     paths = count_requests_to(app, monkeypatch)
+    app.state.services.authenticator._found.clear()
     async with connection(address) as (reader, writer):
         statuses = []
         for _ in range(2):  # the first time the dialer is not known yet
