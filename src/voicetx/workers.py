@@ -108,6 +108,7 @@ class _Workers(Multiprocess):
             process = Process(self.config, [listener])
             process.start()
             self.processes.append(process)
+            _let_go(process)
 
     def terminate_all(self) -> None:
         """Tell every process to end, one after the other.
@@ -152,10 +153,15 @@ class _Workers(Multiprocess):
                     # Nothing waits in its queue any more.
                     mark_process_dead(everybody[number].pid)  # type: ignore[no-untyped-call]  # the library's
                 everybody[number] = self.processes[0]
+                _let_go(everybody[number])
         finally:
             self.processes = everybody
 
 
+def _let_go(process: Process) -> None:
+    """Close the process's own end here, or the answer of one that died when it was asked is waited for to the end."""
+    process.child_conn.close()
+
+
 def _is_serving(process: Process) -> bool:
-    # One that is dead would not answer, and be waited for.
     return process.process.is_alive() and process.is_ready()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -51,9 +52,14 @@ def test_a_process_that_cannot_start_again_ends_nothing(own_postgresql: PostgreS
         dialer.wait_for_answers(50)
         left = service.find_workers()
         own_postgresql.stop("immediate")
-        os.kill(left.pop(), signal.SIGKILL)
+        killed = left.pop()
+        os.kill(killed, signal.SIGSTOP)
+        time.sleep(1)  # is asked every half second whether it lives, and dies without an answer
+        os.kill(killed, signal.SIGKILL)
+        killed_at = time.monotonic()
         evidence.faults += 2
         wait_until(lambda: "failed to start" in service.log_text(), "The process was not started again")
+        assert time.monotonic() - killed_at < 30  # not the minute that an answer may take
         own_postgresql.start()
         wait_until(
             lambda: count_starts(service) == 3 and left < service.find_workers(), "The process did not start again"
