@@ -328,7 +328,8 @@ async def _find_number(
     while transactions := await store.read(partial(_read_transactions, last=last)):
         last = transactions[-1].transaction_id
         if is_first_pass:
-            run.counts.update(kept_ids=sum(_holds(digits, row.transaction_id) for row in transactions))
+            ids = [row.transaction_id for row in transactions]
+            run.counts.update(kept_ids=sum(privacy.forget_in_text(digits, held) != held for held in ids))
         if maskings := list(filter(None, (_mask_transaction(digits, row) for row in transactions))):
             yield maskings
         advance(len(transactions))
@@ -340,16 +341,13 @@ async def _find_number(
         advance(len(history))
 
 
-def _holds(digits: str, text: str) -> bool:
-    return privacy.forget_in_text(digits, text) != text
-
-
 def _mask_transaction(digits: str, row: Any) -> _Masking | None:
-    texts = ((name, getattr(row, name)) for name in _TEXTS)
-    held = {name: text for name, text in texts if text is not None and _holds(digits, text)}
-    if not held:
+    texts = {name: text for name in _TEXTS if (text := getattr(row, name)) is not None}
+    forgotten = {name: privacy.forget_in_text(digits, text) for name, text in texts.items()}
+    masked = {name: text for name, text in forgotten.items() if text != texts[name]}
+    if not masked:
         return None
-    masked = {name: privacy.forget_in_text(digits, text) for name, text in held.items()}
+    held = {name: texts[name] for name in masked}
     return _Masking(voice_transaction, {"transaction_id": row.transaction_id}, held, masked)
 
 

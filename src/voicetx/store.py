@@ -7,7 +7,6 @@ wins: that is `voicetx.merge`.
 """
 
 import asyncio
-import itertools
 import os
 import random
 import sqlite3
@@ -138,8 +137,10 @@ class Store:
         self, transact: Callable[[Callable[[Connection], T]], Awaitable[T]], work: Callable[[Connection], T]
     ) -> T:
         has_reconnected = False
+        attempt = 0
         give_up_at = time.monotonic() + self._timeout_seconds
-        for attempt in itertools.count(1):
+        while True:
+            attempt += 1
             try:
                 return await transact(work)
             except DBAPIError as error:
@@ -158,7 +159,6 @@ class Store:
                 raise ValueRefused(_describe(error)) from error
             except _AWAY as error:
                 raise StoreUnavailable(_describe(error)) from error
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 class _Embedded:

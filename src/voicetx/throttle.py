@@ -291,31 +291,40 @@ class Throttle:
 
     def _count_here(self, lease: _Lease, asked: int) -> int:
         """Count in the store of this instance: a file where it has several processes, else this one's memory."""
-        if self._counts is not None:
-            try:
-                return self._counts.incr(lease.key, lease.length_seconds, asked)
-            except sqlite3.Error as error:
-                _log.warning("throttle.counts_away", reason=str(error))
-        counted: int = self._limiter.limiter.storage.incr(lease.key, lease.length_seconds, amount=asked)
+        counted = self._count_in_file(lease.key, lease.length_seconds, asked)
+        if counted is None:
+            counted = int(self._limiter.limiter.storage.incr(lease.key, lease.length_seconds, amount=asked))
         return counted
 
     async def _count_together(self, key: str, length_seconds: int) -> int:
         """Count one more of `key` with the other processes and return where it stands; 0 where that can't be had."""
+        counted = None
         if self._redis is not None and self._may_ask_redis():
-            try:
-                async with asyncio.timeout(self._timeout_seconds):
-                    counted = await self._redis.incr(key, length_seconds + _KEPT_AFTER_WINDOW_SECONDS)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with Redis, it is counted here
-                self._note_away(error)
-            else:
-                self._note_back()
-                return int(counted)
-        if self._counts is not None:
-            try:
-                return self._counts.incr(key, length_seconds, 1)
-            except sqlite3.Error as error:
-                _log.warning("throttle.counts_away", reason=str(error))
-        return 0
+            counted = await self._count_in_redis(self._redis, key, length_seconds, 1)
+        if counted is None:
+            counted = self._count_in_file(key, length_seconds, 1)
+        return counted or 0
+
+    def _count_in_file(self, key: str, length_seconds: int, amount: int) -> int | None:
+        """Count in the file that this instance's processes share; None where there is none, or it can't be had."""
+        if self._counts is None:
+            return None
+        try:
+            return self._counts.incr(key, length_seconds, amount)
+        except sqlite3.Error as error:
+            _log.warning("throttle.counts_away", reason=str(error))
+            return None
+
+    async def _count_in_redis(self, redis: RedisStorage, key: str, length_seconds: int, amount: int) -> int | None:
+        """Count in Redis, and note whether it is there; None where it is away."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                counted = await redis.incr(key, length_seconds + _KEPT_AFTER_WINDOW_SECONDS, amount=amount)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with Redis, it is counted here
+            self._note_away(error)
+            return None
+        self._note_back()
+        return int(counted)
 
     async def _ask(self, redis: RedisStorage, lease: _Lease) -> None:
         """Decide on all calls that wait for a lease; those that come in meanwhile share the next question."""
@@ -326,18 +335,12 @@ class Throttle:
                 window = lease.find_window()
                 lease.enter(window)
                 asked = max(lease.size, sum(call.cost for call in batch))
-                try:
-                    async with asyncio.timeout(self._timeout_seconds):
-                        counted = await redis.incr(
-                            lease.key, lease.length_seconds + _KEPT_AFTER_WINDOW_SECONDS, amount=asked
-                        )
-                except Exception as error:  # noqa: BLE001 - whatever is wrong with Redis, calls are decided on here
-                    self._note_away(error)
+                counted = await self._count_in_redis(redis, lease.key, lease.length_seconds, asked)
+                if counted is None:
                     batch += lease.waiting
                     lease.waiting = []
                     lease.enter(lease.find_window())
                 else:
-                    self._note_back()
                     # The window may have ended meanwhile; these calls were counted in it all the same.
                     lease.enter(window)
                     lease.add(asked, counted, is_local=False)

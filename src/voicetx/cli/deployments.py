@@ -1,6 +1,5 @@
 """`voicetx deployment`: make campaign runs and register their transactions, by file or by number."""
 
-import asyncio
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,12 +9,11 @@ from typing import Annotated, Any, TextIO, TypeVar
 import typer
 from sqlalchemy import Connection
 
-from voicetx import deployments, migrations
-from voicetx.cli.output import AsJson, complain, follow_progress, print_json, print_table, write
+from voicetx import deployments
+from voicetx.cli.output import AsJson, complain, follow_progress, print_json, print_table, run_on_store, write
 from voicetx.deployments import Deployment, FileFormat, Line
 from voicetx.reports import format_time
-from voicetx.settings import Settings
-from voicetx.store import open_store
+from voicetx.store import Store
 
 T = TypeVar("T")
 
@@ -99,7 +97,8 @@ def load(
     write(lambda connection: deployments.find_deployment(connection, deployment_id))
     source = sys.stdin if file == "-" else Path(file).open(encoding="utf-8-sig", errors="replace", newline="")  # noqa: SIM115 - closed below
     try:
-        loaded, faults = asyncio.run(_load(deployment_id, _read(source, file, file_format)))
+        lines = _read(source, file, file_format)
+        loaded, faults = run_on_store(lambda store: _load(store, deployment_id, lines))
     finally:
         source.close()
     if as_json:
@@ -132,27 +131,22 @@ def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
     yield from rest
 
 
-async def _load(deployment_id: str, lines: Iterator[Line]) -> tuple[int, int]:
+async def _load(store: Store, deployment_id: str, lines: Iterator[Line]) -> tuple[int, int]:
     """Register chunk by chunk, each in its own transaction; return how many ids are registered, and how many faults."""
     loaded = faults = 0
-    store = open_store(Settings())
-    try:
-        await migrations.prepare(store)
-        with follow_progress(None) as advance:
-            while chunk := list(islice(lines, _CHUNK)):
-                places = {line.transaction_id: line.number for line in chunk if line.transaction_id is not None}
-                others = await store.write(
-                    lambda connection: deployments.register_transactions(connection, deployment_id, places)  # noqa: B023 - awaited at once
-                )
-                bad = [line for line in chunk if line.fault is not None]
-                bad += [Line(places[other], other, f"{other} belongs to another deployment") for other in others]
-                for line in sorted(bad, key=lambda line: line.number):
-                    complain(f"line {line.number}: {line.fault}")
-                faults += len(bad)
-                loaded += len(places) - len(others)
-                advance(len(chunk))
-    finally:
-        await store.close()
+    with follow_progress(None) as advance:
+        while chunk := list(islice(lines, _CHUNK)):
+            places = {line.transaction_id: line.number for line in chunk if line.transaction_id is not None}
+            others = await store.write(
+                lambda connection: deployments.register_transactions(connection, deployment_id, places)  # noqa: B023 - awaited at once
+            )
+            bad = [line for line in chunk if line.fault is not None]
+            bad += [Line(places[other], other, f"{other} belongs to another deployment") for other in others]
+            for line in sorted(bad, key=lambda line: line.number):
+                complain(f"line {line.number}: {line.fault}")
+            faults += len(bad)
+            loaded += len(places) - len(others)
+            advance(len(chunk))
     return loaded, faults
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from voicetx import migrations
 from voicetx.settings import Settings
-from voicetx.store import open_store
+from voicetx.store import Store, open_store
 
 T = TypeVar("T")
 
@@ -33,18 +33,23 @@ def complain(sentence: str) -> None:
     _errors.print(sentence)
 
 
-def write(work: Callable[[Connection], T]) -> T:
-    """Run `work` in a transaction on the settings' database and return its result; an embedded one is made first."""
+def run_on_store(work: Callable[[Store], Awaitable[T]]) -> T:
+    """Run `work` on the settings' database and return its result; an embedded one is made first."""
 
     async def run() -> T:
         store = open_store(Settings())
         try:
             await migrations.prepare(store)
-            return await store.write(work)
+            return await work(store)
         finally:
             await store.close()
 
     return asyncio.run(run())
+
+
+def write(work: Callable[[Connection], T]) -> T:
+    """Run `work` in a transaction on the settings' database and return its result; an embedded one is made first."""
+    return run_on_store(lambda store: store.write(work))
 
 
 def print_json(value: Any) -> None:

@@ -3,7 +3,6 @@
 Each may run beside services that write, be stopped with Ctrl-C, and be run again.
 """
 
-import asyncio
 import re
 import sys
 import time
@@ -13,12 +12,12 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from voicetx import deployments, migrations, privacy, retention
-from voicetx.cli.output import AsJson, CommandError, complain, follow_progress, print_json, write
+from voicetx import deployments, privacy, retention
+from voicetx.cli.output import AsJson, CommandError, complain, follow_progress, print_json, run_on_store, write
 from voicetx.reports import format_time
 from voicetx.retention import Advance, AuditRecord, StillReported
 from voicetx.settings import Settings
-from voicetx.store import Store, open_store
+from voicetx.store import Store
 
 T = TypeVar("T")
 
@@ -137,13 +136,8 @@ def _read_age(text: str) -> int:
 def _run(work: Callable[[Store, Advance], Awaitable[T]]) -> T:
     """Run work of many transactions on the settings' database, with its progress on a terminal."""
 
-    async def run() -> T:
-        store = open_store(Settings())
-        try:
-            await migrations.prepare(store)
-            with follow_progress(None) as advance:
-                return await work(store, advance)
-        finally:
-            await store.close()
+    async def run(store: Store) -> T:
+        with follow_progress(None) as advance:
+            return await work(store, advance)
 
-    return asyncio.run(run())
+    return run_on_store(run)
