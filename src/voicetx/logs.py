@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 import orjson
@@ -18,16 +19,21 @@ from structlog.typing import EventDict, Processor
 
 from voicetx.settings import LogFormat
 
+_request_log = structlog.get_logger("voicetx.request")
+_json_lines: "_Lines | None" = None
+
 
 def configure_logging(log_format: LogFormat) -> None:
     """Send every log line of this process to standard output, as JSON or as text for people."""
+    global _json_lines  # noqa: PLW0603 - logging is the process's own, as structlog's configuration is
+    out = _Lines(sys.stdout.buffer)
+    _json_lines = out if log_format is LogFormat.JSON else None
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso"),
         describe_exception,
     ]
     if log_format is LogFormat.JSON:
-        # Bytes, without text's detour: a request's line is on the way of every update.
         lines: list[Processor] = [structlog.processors.JSONRenderer(serializer=orjson.dumps, default=repr)]
         foreign: Processor = structlog.processors.JSONRenderer(serializer=_dump_text)
     else:
@@ -36,7 +42,7 @@ def configure_logging(log_format: LogFormat) -> None:
     structlog.configure(
         processors=[*shared, *lines],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.BytesLoggerFactory(_Lines(sys.stdout.buffer)),  # type: ignore[arg-type] # what it uses
+        logger_factory=structlog.BytesLoggerFactory(out),  # type: ignore[arg-type] # what it uses
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
@@ -52,6 +58,19 @@ def configure_logging(log_format: LogFormat) -> None:
         logger.handlers.clear()
         logger.propagate = name != "uvicorn.access"  # a request has its line already
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def log_request_line(event: str, **values: str | float | None) -> None:
+    """Write the line of a request, in the form of all the others.
+
+    As JSON it takes a short cut past structlog, whose chain costs three times as much, once for every update.
+    """
+    if _json_lines is None:
+        _request_log.info(event, **values)
+        return
+    line = {**values, "event": event, "level": "info", "timestamp": datetime.now(UTC)}
+    _json_lines.write(orjson.dumps(line, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE))
+    _json_lines.flush()
 
 
 class _Lines:

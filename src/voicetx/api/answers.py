@@ -23,6 +23,7 @@ from starlette.types import Scope, Send
 from voicetx import metrics
 from voicetx.auth import ApiUser
 from voicetx.errors import Fault, Refusal, Rejected
+from voicetx.logs import log_request_line
 from voicetx.store import StoreUnavailable
 from voicetx.throttle import ThrottleReached
 
@@ -34,7 +35,6 @@ _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
 _REFUSAL_BY_STATUS = {404: Refusal.NOT_FOUND, 405: Refusal.METHOD_NOT_SUPPORTED}
 
 _log = structlog.get_logger(__name__)
-_request_log = structlog.get_logger("voicetx.request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def log_request(
         answers, answer_seconds = _find_counters(path, code)
         answers.inc()
         answer_seconds.observe(seconds)
-    _request_log.info(
+    log_request_line(
         "request" if code is not None else "request.abandoned",
         request_id=request_id.decode("ascii"),
         method=scope["method"],
