@@ -144,6 +144,10 @@ def read_values(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+_NEWER = ("older", "finished")
+"""Columns that the first release did not have, and that say something of its transactions all the same."""
+
+
 def read_rows(connection: Connection) -> dict[str, list[dict[str, Any]]]:
     """Return what is in the tables, of the columns that the first release had."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -151,7 +155,7 @@ def read_rows(connection: Connection) -> dict[str, list[dict[str, Any]]]:
         table = metadata.tables[name]
         rows = connection.execute(select(table).order_by(*table.primary_key.columns))
         found[name] = [
-            {column: value for column, value in row._mapping.items() if value is not None and column != "older"}
+            {column: value for column, value in row._mapping.items() if value is not None and column not in _NEWER}
             for row in rows
         ]
     return found

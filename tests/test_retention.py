@@ -56,6 +56,8 @@ async def make_deployment(store: Store, deployment_id: str, ids: Sequence[str], 
         made = update(deployment).where(deployment.c.deployment_id == deployment_id)
         connection.execute(made.values(created_at_ms=created_at_ms))
         register_transactions(connection, deployment_id, ids)
+        theirs = voice_transaction.c.deployment_id == deployment_id
+        connection.execute(update(voice_transaction).where(theirs).values(registered_at_ms=created_at_ms))
 
     await store.write(work)
 
@@ -124,7 +126,7 @@ def add_tokens(connection: Connection) -> None:
 
 
 async def test_what_is_older_goes_and_what_is_newer_stays(store: Store) -> None:
-    """Old transactions go with their history, silent ones by their deployment's age, emptied deployments after them."""
+    """Old transactions go with their history, silent ones by their own age, emptied deployments after them."""
     await fill(store)
     expected = Purged(transactions=7, updates=6, deployments=2, access_tokens=1)
     before = await read_all(store)

@@ -13,11 +13,13 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
+from voicetx import tallies
 from voicetx.contract import TransactionId
-from voicetx.schema import deployment, voice_transaction
+from voicetx.schema import deployment, voice_transaction, voice_update
 from voicetx.store import UNASSIGNED, insert_transactions, match_ids
+from voicetx.tallies import Sent
 
 _TRANSACTION_ID = TypeAdapter(TransactionId)
 _FIELD = "transaction-id"
@@ -80,25 +82,15 @@ def find_deployment(connection: Connection, deployment_id: str) -> Deployment:
 
 def list_deployments(connection: Connection, only: str | None = None) -> list[Deployment]:
     """Return the deployments, oldest first, with their counts; or the one that is asked for, if it is there."""
-    counts = select(
-        voice_transaction.c.deployment_id,
-        func.count().label("transactions"),
-        func.count(voice_transaction.c.attempt).label("reported"),
-    ).group_by(voice_transaction.c.deployment_id)
-    wanted = select(deployment)
-    if only is not None:
-        counts = counts.where(voice_transaction.c.deployment_id == only)
+    wanted = select(deployment).order_by(deployment.c.created_at_ms, deployment.c.deployment_id)
+    if only is None:
+        counts = tallies.read_registered(connection)
+    else:
         wanted = wanted.where(deployment.c.deployment_id == only)
-    found = {row.deployment_id: row for row in connection.execute(counts)}
+        counts = {only: tallies.read_totals(connection, only)}
     return [
-        Deployment(
-            row.deployment_id,
-            row.name,
-            row.created_at_ms,
-            found[row.deployment_id].transactions if row.deployment_id in found else 0,
-            found[row.deployment_id].reported if row.deployment_id in found else 0,
-        )
-        for row in connection.execute(wanted.order_by(deployment.c.created_at_ms, deployment.c.deployment_id))
+        Deployment(row.deployment_id, row.name, row.created_at_ms, *counts.get(row.deployment_id, (0, 0)))
+        for row in connection.execute(wanted)
     ]
 
 
@@ -109,17 +101,41 @@ def register_transactions(connection: Connection, deployment_id: str, ids: Colle
     """
     if not _exists(connection, deployment_id):
         raise DeploymentError(f"There is no deployment {deployment_id}. Make it with: voicetx deployment create")
-    insert_transactions(connection, deployment_id, ids)
+    insert_transactions(connection, deployment_id, ids, time.time_ns() // 1_000_000)
     matches, values = match_ids(connection, ids)
     elsewhere = select(voice_transaction.c.transaction_id, voice_transaction.c.deployment_id).where(
         matches, voice_transaction.c.deployment_id != deployment_id
     )
     others = {row.transaction_id: row.deployment_id for row in connection.execute(elsewhere, values)}
     unassigned = {transaction_id for transaction_id, owner in others.items() if owner == UNASSIGNED}
-    if unassigned:
-        matches, values = match_ids(connection, unassigned)
-        connection.execute(update(voice_transaction).where(matches).values(deployment_id=deployment_id), values)
+    if unassigned and deployment_id != UNASSIGNED:
+        _take_over(connection, deployment_id, unassigned)
     return others.keys() - unassigned
+
+
+def _take_over(connection: Connection, deployment_id: str, ids: Collection[str]) -> None:
+    """Give a deployment transactions that belong to nobody, and what they are to the reports."""
+    matches, values = match_ids(connection, ids)
+    taken = connection.execute(
+        update(voice_transaction)
+        .where(matches, voice_transaction.c.deployment_id == UNASSIGNED)
+        .values(deployment_id=deployment_id)
+        .returning(voice_transaction),
+        values,
+    ).all()
+    # The rows are ours now: nobody adds to their history before this is committed.
+    history: dict[str, list[Sent]] = {row.transaction_id: [] for row in taken}
+    columns = voice_update.c
+    sent = select(columns.transaction_id, columns.api_key_id, columns.received_at_ms).where(
+        columns.transaction_id.in_(history)
+    )
+    for transaction_id, api_key_id, received_at_ms in connection.execute(sent):
+        history[transaction_id].append(Sent(api_key_id, received_at_ms))
+    profiles = {row.transaction_id: tallies.profile(row._mapping) for row in taken}
+    lost = [tallies.change(profiles[name], "", removed=updates) for name, updates in history.items()]
+    gained = [tallies.change("", profiles[name], added=updates) for name, updates in history.items()]
+    tallies.note(connection, UNASSIGNED, lost, registered=-len(taken))
+    tallies.note(connection, deployment_id, gained, registered=len(taken))
 
 
 def mint_transactions(connection: Connection, deployment_id: str, count: int) -> list[str]:

@@ -16,7 +16,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy import Connection
 
-from voicetx import metrics
+from voicetx import activity, metrics
 from voicetx.contract import Update
 from voicetx.errors import Refusal, Rejected
 from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
@@ -48,10 +48,10 @@ class Outcome(Enum):
 
 
 class Committed(NamedTuple):
-    """What became of a batch: one outcome for each update, in order, and what is worth counting."""
+    """What became of a batch: an outcome for each update, in order, and what is worth counting."""
 
     outcomes: Sequence[Outcome]
-    stale: int
+    stale: Counter[UUID]
     inconsistent: int
 
 
@@ -134,9 +134,14 @@ class Recorder:
             metrics.FAILED_COMMITS.inc()
             raise
         metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
-        for outcome, count in Counter(committed.outcomes).items():
-            _OUTCOMES[outcome].inc(count)
-        metrics.STALE.inc(committed.stale)
+        senders = [received.api_key_id for received in batch]
+        for (api_key_id, outcome), times in Counter(zip(senders, committed.outcomes, strict=True)).items():
+            _OUTCOMES[outcome].inc(times)
+            if outcome is not Outcome.UNKNOWN:  # a refusal, which is counted by its code
+                activity.count(api_key_id, outcome.value, times)
+        for api_key_id, times in committed.stale.items():
+            metrics.STALE.inc(times)
+            activity.count(api_key_id, "stale", times)
         metrics.INCONSISTENT.inc(committed.inconsistent)
         return committed.outcomes
 
@@ -155,7 +160,8 @@ def commit_batch(connection: Connection, batch: Sequence[Received], *, registers
 
     unknown: set[str] = set()
     recorded: set[int] = set()
-    stale = inconsistent = 0
+    stale: Counter[UUID] = Counter()
+    inconsistent = 0
     while waiting:
         found = look_up(connection, waiting)
         missing = waiting.keys() - found.keys()
@@ -166,9 +172,9 @@ def commit_batch(connection: Connection, batch: Sequence[Received], *, registers
         changes = _merge(found, waiting)
         written = record_changes(connection, changes.values(), now_ms) if changes else set()
         for transaction_id in written:
-            _, transaction, new = changes[transaction_id]
+            _, _, transaction, new = changes[transaction_id]
             recorded.update(map(id, new))
-            stale += sum(received.update.position != transaction.position for received in new)
+            stale.update(received.api_key_id for received in new if received.update.position != transaction.position)
             inconsistent += transaction.is_inconsistent
         waiting = {transaction_id: waiting[transaction_id] for transaction_id in changes.keys() - written}
     outcomes = [
@@ -185,11 +191,11 @@ def commit_batch(connection: Connection, batch: Sequence[Received], *, registers
 def _merge(found: Mapping[str, Found], waiting: Mapping[str, Mapping[bytes, Received]]) -> dict[str, Change]:
     """Return, by id, the changes that those updates make which are in no history yet."""
     changes: dict[str, Change] = {}
-    for transaction_id, (transaction, held) in found.items():
+    for transaction_id, (transaction, deployment_id, held) in found.items():
         new = [received for digest, received in waiting[transaction_id].items() if digest not in held]
         if new:
             merged = transaction
             for received in new:
                 merged = apply(merged, received.update)
-            changes[transaction_id] = Change(transaction.updates, merged, new)
+            changes[transaction_id] = Change(transaction, deployment_id, merged, new)
     return changes

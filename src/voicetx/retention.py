@@ -30,9 +30,10 @@ from sqlalchemy import (
     update,
 )
 
-from voicetx import auth, privacy
+from voicetx import auth, privacy, tallies
 from voicetx.schema import access_token, audit_record, deployment, voice_transaction, voice_update
 from voicetx.store import UNASSIGNED, Store, ValueRefused, match_ids
+from voicetx.tallies import Sent
 
 Advance = Callable[[int], None]
 """Called with the number of rows that were looked at since it was called last."""
@@ -89,7 +90,7 @@ async def purge(
 ) -> Purged:
     """Delete the transactions whose last update came before an instant, with their history; return what went.
 
-    Those that were never reported go by when their deployment was made. Without `deployment_id` deployments that were
+    Those that were never reported go by when they were registered. Without `deployment_id` deployments that were
     made before the instant and are empty go as well, but for `unassigned`, and access tokens that expired long ago. A
     transaction that is updated meanwhile stays. May be stopped and run again. Raises as `Store` does.
     """
@@ -227,7 +228,10 @@ def _now_ms() -> int:
 
 def _is_old(before_ms: int) -> ColumnElement[bool]:
     made = select(deployment.c.created_at_ms).where(deployment.c.deployment_id == voice_transaction.c.deployment_id)
-    return func.coalesce(voice_transaction.c.updated_at_ms, made.scalar_subquery()) < before_ms
+    return (
+        func.coalesce(voice_transaction.c.updated_at_ms, voice_transaction.c.registered_at_ms, made.scalar_subquery())
+        < before_ms
+    )
 
 
 def _find_transactions(connection: Connection, last: str, before_ms: int) -> Sequence[Any]:
@@ -259,9 +263,21 @@ def _delete_transactions(connection: Connection, ids: Sequence[str], before_ms: 
     # adds to the history of a row that is gone or locked, so what is there of it afterwards is all.
     matches, values = match_ids(connection, ids)
     statement = delete(voice_transaction).where(matches, _is_old(before_ms))
-    gone = connection.execute(statement.returning(voice_transaction.c.transaction_id), values).scalars().all()
-    history = connection.execute(delete(voice_update).where(voice_update.c.transaction_id.in_(gone)))
-    return {"transactions": len(gone), "updates": history.rowcount}
+    gone = connection.execute(statement.returning(voice_transaction), values).all()
+    columns = voice_update.c
+    history: dict[str, list[Sent]] = {row.transaction_id: [] for row in gone}
+    deleted = delete(voice_update).where(columns.transaction_id.in_(history))
+    for transaction_id, api_key_id, received_at_ms in connection.execute(
+        deleted.returning(columns.transaction_id, columns.api_key_id, columns.received_at_ms)
+    ):
+        history[transaction_id].append(Sent(api_key_id, received_at_ms))
+    lines: dict[str, list[str]] = {}
+    for row in gone:
+        line = tallies.change(tallies.profile(row._mapping), "", removed=history[row.transaction_id])
+        lines.setdefault(row.deployment_id, []).append(line)
+    for deployment_id, lost in lines.items():
+        tallies.note(connection, deployment_id, lost, registered=-len(lost))
+    return {"transactions": len(gone), "updates": sum(map(len, history.values()))}
 
 
 async def _purge_deployments(run: _Run, store: Store, before_ms: int, populated: set[str]) -> None:
@@ -283,6 +299,7 @@ async def _purge_deployments(run: _Run, store: Store, before_ms: int, populated:
 
 def _delete_deployment(connection: Connection, deployment_id: str) -> dict[str, int]:
     deleted = connection.execute(delete(deployment).where(deployment.c.deployment_id == deployment_id))
+    tallies.forget(connection, deployment_id)
     return {"deployments": deleted.rowcount}
 
 
@@ -315,8 +332,15 @@ def _mask(connection: Connection, maskings: Sequence[_Masking]) -> Counter[str]:
     for masking in maskings:
         columns = masking.table.c
         unchanged = [columns[name] == value for name, value in {**masking.key, **masking.held}.items()]
-        changed = connection.execute(update(masking.table).where(*unchanged).values(masking.masked))
-        counts[masking.kind] += changed.rowcount
+        masked = update(masking.table).where(*unchanged).values(masking.masked)
+        if "dtmf_digits" not in masking.masked:
+            counts[masking.kind] += connection.execute(masked).rowcount
+            continue
+        # Reports count the keys that a transaction shows.
+        for row in connection.execute(masked.returning(voice_transaction)):
+            counts[masking.kind] += 1
+            before = tallies.profile({**row._mapping, **masking.held})
+            tallies.note(connection, row.deployment_id, [tallies.change(before, tallies.profile(row._mapping))])
     return counts
 
 

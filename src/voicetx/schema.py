@@ -10,6 +10,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -86,14 +87,25 @@ voice_transaction = Table(
     "voice_transaction",
     metadata,
     Column("transaction_id", _ID, primary_key=True),
-    Column("deployment_id", _ID, ForeignKey("deployment.deployment_id"), nullable=False, index=True),
+    Column("deployment_id", _ID, ForeignKey("deployment.deployment_id"), nullable=False),
+    Column("registered_at_ms", BigInteger, comment="null: before schema 0004, when its deployment was made or later"),
     Column("updates", Integer, nullable=False, server_default="0", comment="different updates recorded"),
     Column("attempt", SmallInteger, comment="of the newest update, as all that follows"),
     Column("digest", LargeBinary(16)),
     *(Column(name, Text) for name in FIELD_NAMES),
     Column("older", Text, comment="JSON: which fields an older update of the attempt gave, and its place in the order"),
     Column("inconsistent", Boolean, nullable=False, server_default="0"),
+    Column("finished", Boolean, nullable=False, server_default="0", comment="reported, and the call is over"),
     Column("updated_at_ms", BigInteger),
+    Index("ix_voice_transaction_deployment_id", "deployment_id", "transaction_id"),
+)
+# Those whose outcome is missing; a row leaves it once, when its call is over.
+Index(
+    "ix_voice_transaction_unfinished",
+    voice_transaction.c.deployment_id,
+    voice_transaction.c.transaction_id,
+    sqlite_where=~voice_transaction.c.finished,
+    postgresql_where=~voice_transaction.c.finished,
 )
 
 # No foreign keys: they would cost a look-up a row, and a history outlives the API user that sent it.
@@ -105,6 +117,25 @@ voice_update = Table(
     Column("body", Text, nullable=False, comment="as received"),
     Column("received_at_ms", BigInteger, nullable=False),
     Column("api_key_id", Uuid, nullable=False),
+)
+
+tally = Table(
+    "tally",
+    metadata,
+    Column("deployment_id", _ID, primary_key=True, comment="empty: what API users did"),
+    Column("measure", String(16), primary_key=True),
+    Column("item", String(64), primary_key=True),
+    Column("count", BigInteger, nullable=False),
+)
+
+# Only ever added to by those who record, so that nobody waits for a counter.
+tally_change = Table(
+    "tally_change",
+    metadata,
+    Column("change_id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("deployment_id", _ID, nullable=False),
+    Column("registered", Integer, nullable=False, server_default="0"),
+    Column("changes", Text, nullable=False),
 )
 
 audit_record = Table(

@@ -4,17 +4,28 @@
 application. Closing answers everybody who waits before the database goes.
 """
 
+import asyncio
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
-from voicetx import migrations
+import structlog
+from sqlalchemy import Connection
+
+from voicetx import activity, migrations, tallies
 from voicetx.auth import Authenticator
 from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Store, open_store
+from voicetx.store import Store, StoreUnavailable, open_store
+from voicetx.tallies import Counts
 from voicetx.throttle import Throttle
+
+_FOLD_SECONDS = 1.0
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,7 @@ class Services:
     throttle: Throttle
     authenticator: Authenticator
     recorder: Recorder
+    folding: "asyncio.Task[None]"
     bulks: Counter[UUID] = field(default_factory=Counter)
     """Requests of many updates that are under way, by API user."""
 
@@ -46,10 +58,43 @@ class Services:
         throttle = Throttle(settings)
         recorder = Recorder(store, settings)
         recorder.start()
-        return cls(settings, store, throttle, Authenticator(store, settings, throttle), recorder)
+        folding = asyncio.create_task(_fold_on(store))
+        return cls(settings, store, throttle, Authenticator(store, settings, throttle), recorder, folding)
 
     async def close(self) -> None:
         """Commit and answer what was accepted, then let go of the database and of Redis."""
         await self.recorder.close()
+        self.folding.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.folding
+        if last := activity.take():
+            # A database that is away can't have it, and is not waited for.
+            with suppress(StoreUnavailable):
+                await self.store.write_beside(_keep(last))
         await self.throttle.close()
         await self.store.close()
+
+
+async def _fold_on(store: Store) -> None:
+    """Keep the tallies short, and what API users did on disk, for as long as the process serves."""
+    is_away = False
+    while True:
+        await asyncio.sleep(_FOLD_SECONDS)
+        done = activity.take()
+        try:
+            if done:
+                await store.write_beside(_keep(done))
+                done.clear()
+            while await store.write_beside(tallies.fold) == tallies.MOST_CHANGES:
+                pass
+        except StoreUnavailable as error:
+            activity.give_back(done)
+            if not is_away:
+                _log.warning("tallies.not_folded", cause=str(error))
+            is_away = True
+        else:
+            is_away = False
+
+
+def _keep(counts: Counts) -> Callable[[Connection], None]:
+    return partial(tallies.add, deployment_id=activity.DEPLOYMENT, counts=counts)

@@ -24,6 +24,7 @@ import asyncpg
 import orjson
 from sqlalchemy import (
     ARRAY,
+    BigInteger,
     ColumnElement,
     Connection,
     Engine,
@@ -35,6 +36,8 @@ from sqlalchemy import (
     create_engine,
     event,
     func,
+    insert,
+    literal,
     select,
     true,
 )
@@ -44,11 +47,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 
+from voicetx import tallies
 from voicetx.contract import Position, Update
 from voicetx.merge import Transaction
 from voicetx.own_process import OwnProcess, ProcessLost
-from voicetx.schema import FIELD_NAMES, deployment, voice_transaction
+from voicetx.schema import FIELD_NAMES, deployment, tally_change, voice_transaction
 from voicetx.settings import Settings
+from voicetx.tallies import Sent
 
 T = TypeVar("T")
 
@@ -122,6 +127,13 @@ class Store:
         """
         return await self._run(self._database.write_in_steps, work)
 
+    async def write_beside(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` as `write` does, where it is least in the way of batches: a file's writer takes it between two.
+
+        Where a file has a writer, `work` is pickled.
+        """
+        return await self._run(self._database.write_beside, work)
+
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which writes nothing, in a transaction; raises as `write` does.
 
@@ -186,6 +198,9 @@ class _Embedded:
             return await self.write(work)
         return await self._process.run(partial(_write_file, self._path, self._timeout_seconds, work))
 
+    async def write_beside(self, work: Callable[[Connection], T]) -> T:
+        return await self.write_in_steps(work)
+
     async def read(self, work: Callable[[Connection], T]) -> T:
         return await self._run(self._reading, self._reader, work)
 
@@ -245,6 +260,9 @@ class _Server:
     async def write(self, work: Callable[[Connection], T]) -> T:
         async with self._engine.begin() as connection:
             return await connection.run_sync(work)
+
+    async def write_beside(self, work: Callable[[Connection], T]) -> T:
+        return await self.write(work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         reading = asyncio.create_task(self.write(work))
@@ -424,6 +442,7 @@ class Received(NamedTuple):
 
 _ROW_COLUMNS = (
     voice_transaction.c.transaction_id,
+    voice_transaction.c.deployment_id,
     voice_transaction.c.updates,
     voice_transaction.c.attempt,
     voice_transaction.c.digest,
@@ -433,9 +452,10 @@ _ROW_COLUMNS = (
 
 
 class Found(NamedTuple):
-    """A registered transaction, and which of the updates that were asked about are in its history."""
+    """A registered transaction, its deployment, and which of the updates asked about are in its history."""
 
     transaction: Transaction
+    deployment_id: str
     held: set[bytes]
 
 
@@ -449,13 +469,13 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
         for *values, digest in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))).all():
             transaction_id = values[0]
             if transaction_id not in found:
-                found[transaction_id] = Found(_to_transaction(values), set())
+                found[transaction_id] = Found(_to_transaction(values), values[1], set())
             if digest is not None:
                 found[transaction_id].held.add(digest)
         return found
     ids = (orjson.dumps(sorted(updates)).decode(),)
     for row in connection.exec_driver_sql(_LOOK_UP_TRANSACTIONS, ids):
-        found[row[0]] = Found(_to_transaction(row), set())
+        found[row[0]] = Found(_to_transaction(row), row[1], set())
     # Of a transaction's digests those that nobody asked about are of no harm.
     for transaction_id, digest in connection.exec_driver_sql(_LOOK_UP_DIGESTS, ids):
         found[transaction_id].held.add(digest)
@@ -463,7 +483,7 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
 
 
 def _to_transaction(row: Sequence[Any]) -> Transaction:
-    transaction_id, updates, attempt, digest, older, *values = row
+    transaction_id, _, updates, attempt, digest, older, *values = row
     if attempt is None:
         return Transaction(transaction_id)
     fields = {name: value for name, value in zip(FIELD_NAMES, values, strict=True) if value is not None}
@@ -497,20 +517,21 @@ def dump_older(older: Mapping[str, Position]) -> str | None:
 
 def register_unassigned(connection: Connection, ids: Collection[str], now_ms: int) -> None:
     """Register those transactions that nobody has registered yet, under the deployment `unassigned`."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     connection.execute(
-        insert(deployment)
+        dialect.insert(deployment)
         .values(deployment_id=UNASSIGNED, name="Unassigned", created_at_ms=now_ms)
         .on_conflict_do_nothing()
     )
-    insert_transactions(connection, UNASSIGNED, ids)
+    insert_transactions(connection, UNASSIGNED, ids, now_ms)
 
 
-def insert_transactions(connection: Connection, deployment_id: str, ids: Collection[str]) -> None:
+def insert_transactions(connection: Connection, deployment_id: str, ids: Collection[str], now_ms: int) -> None:
     """Register transactions with a deployment; those that are registered anywhere stay as they are."""
-    connection.execute(
-        _insert_ids(connection.dialect.name), {"ids": _bind_ids(connection, ids), "deployment_id": deployment_id}
-    )
+    values = {"ids": _bind_ids(connection, ids), "deployment_id": deployment_id, "now_ms": now_ms}
+    inserted = connection.execute(_insert_ids(connection.dialect.name), values)
+    if connection.dialect.name == "sqlite":
+        tallies.note(connection, deployment_id, (), registered=inserted.rowcount)
 
 
 def match_ids(connection: Connection, ids: Collection[str]) -> tuple[ColumnElement[bool], dict[str, Any]]:
@@ -520,9 +541,10 @@ def match_ids(connection: Connection, ids: Collection[str]) -> tuple[ColumnEleme
 
 
 class Change(NamedTuple):
-    """What updates make of a transaction: the count of updates that was seen, what to write, and the new updates."""
+    """What updates make of a transaction: as it was seen, its deployment then, what to write, and the new updates."""
 
-    seen: int
+    seen: Transaction
+    deployment_id: str
     transaction: Transaction
     new: Sequence[Received]
 
@@ -539,8 +561,13 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
         written = connection.exec_driver_sql(_RECORD, (_dump(rows), _dump(history))).scalar_one()
         return set(written or ())
     # Under the lock that BEGIN IMMEDIATE took nobody has changed a row since it was read.
-    connection.exec_driver_sql(_UPDATE_TRANSACTION, [tuple(row.get(name) for name in _ROW) for row in rows])
+    connection.exec_driver_sql(_UPDATE_TRANSACTION, [tuple(row.get(name) for name in _BOUND) for row in rows])
     connection.exec_driver_sql(_INSERT_UPDATE, [tuple(update.values()) for update in history])
+    lines: dict[str, list[str]] = {}
+    for change, row in zip(ordered, rows, strict=True):
+        lines.setdefault(change.deployment_id, []).append(row["change"])
+    for deployment_id, noted in lines.items():
+        connection.exec_driver_sql(_INSERT_TALLY_CHANGE, (deployment_id, "\n".join(noted)))
     return {change.transaction.transaction_id for change in ordered}
 
 
@@ -551,13 +578,17 @@ _ROW: Mapping[str, str] = {
     "older": "text",
     **dict.fromkeys(FIELD_NAMES, "text"),
     "inconsistent": "boolean",
+    "finished": "boolean",
     "updated_at_ms": "bigint",
     "transaction_id": "text",
     "seen": "integer",
+    "change": "text",
 }
-"""What is sent of a transaction, with PostgreSQL's types: the columns that change, then the id and the count seen."""
+"""What is sent of a transaction, with PostgreSQL's types: the columns that change, then the id, the count of updates
+that was seen, and the line for the tallies."""
 
-_WRITTEN = tuple(_ROW)[:-2]
+_WRITTEN = tuple(_ROW)[:-3]
+_BOUND = tuple(_ROW)[:-1]
 
 _HISTORY: Mapping[str, str] = {
     "transaction_id": "text",
@@ -571,17 +602,20 @@ _HISTORY: Mapping[str, str] = {
 
 def _describe_row(change: Change, now_ms: int) -> dict[str, Any]:
     """Return the row that a change makes, by the names of `_ROW`; a field that is not there is null."""
-    transaction_id, fields, position, updates, older = change.transaction
+    transaction_id, fields, position, updates, older = transaction = change.transaction
+    sent = [Sent(received.api_key_id, received.received_at_ms) for received in change.new]
     return {
         **fields,
         "updates": updates,
         "attempt": position.attempt if position is not None else None,
         "digest": position.digest if position is not None else None,
         "older": dump_older(older),
-        "inconsistent": change.transaction.is_inconsistent,
+        "inconsistent": transaction.is_inconsistent,
+        "finished": transaction.is_finished,
         "updated_at_ms": now_ms,
         "transaction_id": transaction_id,
-        "seen": change.seen,
+        "seen": change.seen.updates,
+        "change": tallies.change(tallies.profile(change.seen.fields), tallies.profile(fields), sent),
     }
 
 
@@ -623,15 +657,17 @@ _LOOK_UP = (
     " FROM unnest($1::text[], $2::bytea[]) AS sent (key, digest)"
     " JOIN voice_transaction AS t ON t.transaction_id = sent.key"
 )
-# One statement, so one transaction: a row and its history change together, or neither does. docs/decisions/0010.
+# One statement, so one transaction: a row, its history and the tallies change together, or none does (decision 10).
 _RECORD = (
     f"WITH written AS (UPDATE voice_transaction SET {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"  # noqa: S608
     f" FROM {_unpack('$1', 'new', _ROW)}"
     " WHERE voice_transaction.transaction_id = new.transaction_id AND voice_transaction.updates = new.seen"
-    " RETURNING voice_transaction.transaction_id),"
+    " RETURNING voice_transaction.transaction_id, voice_transaction.deployment_id, new.change),"
     f" history AS (INSERT INTO voice_update ({', '.join(_HISTORY)}) SELECT received.*"
     f" FROM {_unpack('$2', 'received', _HISTORY)}"
-    " WHERE (received.transaction_id IN (SELECT transaction_id FROM written)) IS TRUE)"
+    " WHERE (received.transaction_id IN (SELECT transaction_id FROM written)) IS TRUE),"
+    " tallied AS (INSERT INTO tally_change (deployment_id, changes)"
+    " SELECT deployment_id, string_agg(change, E'\\n') FROM written GROUP BY deployment_id)"
     " SELECT array_agg(transaction_id) FROM written"
 )
 _LOOK_UP_TRANSACTIONS = (
@@ -646,6 +682,7 @@ _UPDATE_TRANSACTION = (
     " WHERE transaction_id = ? AND updates = ?"
 )
 _INSERT_UPDATE = f"INSERT INTO voice_update ({', '.join(_HISTORY)}) VALUES ({', '.join('?' for _ in _HISTORY)})"  # noqa: S608
+_INSERT_TALLY_CHANGE = "INSERT INTO tally_change (deployment_id, changes) VALUES (?, ?)"
 
 
 def _bind_ids(connection: Connection, ids: Collection[str]) -> Any:
@@ -670,8 +707,19 @@ def _match_ids(dialect: str, transaction_id: Any) -> Any:
 @cache
 def _insert_ids(dialect: str) -> Executable:
     transaction_id = _ids_as_rows(dialect)
-    rows = select(transaction_id, bindparam("deployment_id", type_=Text()))
+    deployment_id = bindparam("deployment_id", type_=Text())
+    rows = select(transaction_id, deployment_id, bindparam("now_ms", type_=BigInteger()))
+    columns = ["transaction_id", "deployment_id", "registered_at_ms"]
     if dialect == "sqlite":
         rows = rows.where(true())  # tells ON CONFLICT from a join's ON: sqlite.org/lang_upsert.html, section 2.2
-    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    return insert(voice_transaction).from_select(["transaction_id", "deployment_id"], rows).on_conflict_do_nothing()
+        return sqlite.insert(voice_transaction).from_select(columns, rows).on_conflict_do_nothing()
+    # One statement, also where each is a transaction by itself: what is registered is counted.
+    registered = (
+        postgresql.insert(voice_transaction)
+        .from_select(columns, rows)
+        .on_conflict_do_nothing()
+        .returning(voice_transaction.c.transaction_id)
+        .cte("registered")
+    )
+    counted = select(deployment_id, func.count(), literal("")).select_from(registered).having(func.count() > 0)
+    return insert(tally_change).from_select(["deployment_id", "registered", "changes"], counted)

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope, Send
 
-from voicetx import metrics
+from voicetx import activity, metrics
 from voicetx.auth import ApiUser
 from voicetx.errors import Fault, Refusal, Rejected
 from voicetx.logs import log_request_line
@@ -30,6 +30,7 @@ from voicetx.throttle import ThrottleReached
 Headers = tuple[tuple[bytes, bytes], ...]
 
 _JSON: Headers = ((b"content-type", b"application/json"),)
+_OK = 200
 _RETRY_AFTER_SECONDS = 1
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
 _REFUSAL_BY_STATUS = {404: Refusal.NOT_FOUND, 405: Refusal.METHOD_NOT_SUPPORTED}
@@ -151,6 +152,8 @@ def log_request(
         answers, answer_seconds = _find_counters(path, code)
         answers.inc()
         answer_seconds.observe(seconds)
+        if user is not None and code != _OK:
+            activity.count(user.api_key_id, f"code-{code}")
     log_request_line(
         "request" if code is not None else "request.abandoned",
         request_id=request_id.decode("ascii"),

@@ -16,7 +16,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope
 
-from voicetx import metrics
+from voicetx import activity, metrics
 from voicetx.api.answers import Answer, ClientGone, answer_error, note_for_log, render_refusal, to_rejected, to_response
 from voicetx.api.bodies import read_chunks
 from voicetx.api.openapi import BULK_REQUEST, describe_bulk_answers
@@ -122,7 +122,7 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
     await _wait_for(unfinished)
     lines: list[bytes] = []
     for answer in answers:
-        lines.append(answer if isinstance(answer, bytes) else _conclude(answer))
+        lines.append(answer if isinstance(answer, bytes) else _conclude(user, answer))
         if len(lines) % _LINES_A_TURN == 0:
             await asyncio.sleep(0)
     return Answer(200, 200, b"".join(lines), _NDJSON)
@@ -140,25 +140,26 @@ async def _take_line(services: Services, user: ApiUser, line: _Line) -> bytes | 
         if (admission := services.throttle.admit(user.api_key_id, user.call_limit)) is not None:
             await admission
         if line.text is None:
-            return _refuse(line.number, Rejected(Refusal.BODY_TOO_LARGE))
+            return _refuse(user, line.number, Rejected(Refusal.BODY_TOO_LARGE))
         update = parse(line.text)
         outcome = services.recorder.submit(update, user.api_key_id)
     except Exception as error:  # noqa: BLE001 - each becomes its line's answer
-        return _refuse(line.number, Recorder.explain(error))
+        return _refuse(user, line.number, Recorder.explain(error))
     return _Pending(line.number, update.transaction_id, outcome)
 
 
-def _conclude(pending: _Pending) -> bytes:
+def _conclude(user: ApiUser, pending: _Pending) -> bytes:
     error = pending.outcome.exception()
     if isinstance(error, Exception):
-        return _refuse(pending.number, Recorder.explain(error))
+        return _refuse(user, pending.number, Recorder.explain(error))
     if pending.outcome.result() is Outcome.UNKNOWN:
-        return _refuse(pending.number, Rejected(Refusal.NOT_PROCESSED))
+        return _refuse(user, pending.number, Rejected(Refusal.NOT_PROCESSED))
     return b'{"line":%d,"transaction-id":%b}\n' % (pending.number, orjson.dumps(pending.transaction_id))
 
 
-def _refuse(number: int, error: Exception) -> bytes:
+def _refuse(user: ApiUser, number: int, error: Exception) -> bytes:
     rejected = to_rejected(error)
+    activity.count(user.api_key_id, f"code-{rejected.refusal.code}")
     answer: dict[str, Any] = {"line": number, **orjson.loads(render_refusal(rejected.refusal, rejected.faults))}
     if rejected.retry_after_seconds is not None:
         answer["retry-after"] = rejected.retry_after_seconds

@@ -1,0 +1,238 @@
+"""Tallies: what reports count, kept right with every write, so that no report has to read a million rows.
+
+Whoever writes a transaction adds, in the same database transaction, a row to `tally_change` that says what the
+transaction was to the reports and what it is now: `voicetx.store` for a batch, `voicetx.deployments` and
+`voicetx.retention` for theirs. Rows are only added, so that processes which record the same deployment never wait for
+each other; every second or so `fold` adds them up into `tally`. A reader takes both together, and so misses nothing
+that was acknowledged. Knows which numbers there are, not what a report makes of them: that is `voicetx.reports`.
+Source: docs/decisions/0016-tallies.md.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null, select, union_all
+from sqlalchemy.dialects import postgresql, sqlite
+
+from voicetx.contract import TROMBONE_SOURCE
+from voicetx.schema import tally, tally_change
+
+ANSWERED_STATES = frozenset({"5", "6"})
+"""The call states of a call that a person answered."""
+
+LONGEST_SECONDS = 86_400
+"""A call or transfer of a day or longer is counted as one of a day."""
+
+MOST_CHANGES = 100
+"""What `fold` takes at once: a few milliseconds' work."""
+
+_PROFILES = re.compile(r"([^>]*)>([^+-]*)")
+_SENT = re.compile(r"([+-])([^.]+)\.([0-9]+)")
+_SECOND = timedelta(seconds=1)
+_MINUTE_MS = 60_000
+_FOLDING = 0x766F696365  # the key of PostgreSQL's advisory lock: one process folds at a time
+
+
+class Measure(StrEnum):
+    """What is counted, and by what: its items."""
+
+    REGISTERED = "registered"  # transactions; one item, the empty one
+    OUTCOME = "outcome"  # reported transactions, by call-state and drop-code, such as 5.2005
+    TALK = "talk"  # answered ones, by the whole seconds from call-starttime to call-endtime
+    ATTEMPTS = "attempts"  # reported ones, by times-attempted
+    PRESSED = "pressed"  # those with digits pressed; one item, the empty one
+    KEY = "key"  # key presses, by key
+    TRANSFER = "transfer"  # transferred ones, by the whole seconds of the trombone
+    MINUTE = "minute"  # different updates, by the minute in which they came in (since 1970 UTC)
+    SENDER = "sender"  # different updates, by API user
+    USER = "user"  # what calls came to, by API user, what and day; of no deployment: see voicetx.activity
+
+
+Counts = Counter[tuple[Measure, str]]
+
+
+class Sent(NamedTuple):
+    """An update as far as it is counted: from which API user, and when it came in."""
+
+    api_key_id: UUID
+    received_at_ms: int
+
+
+def profile(fields: Mapping[Any, Any]) -> str:
+    """Return what a transaction is to the reports, by its fields; empty while nothing was reported."""
+    state = fields.get("call_state")
+    if state is None:
+        return ""
+    talk = _whole_seconds(fields["call_starttime"], fields["call_endtime"]) if state in ANSWERED_STATES else ""
+    is_transfer = fields.get("call_source") == TROMBONE_SOURCE
+    transfer = _whole_seconds(fields["trombone_starttime"], fields["trombone_endtime"]) if is_transfer else ""
+    attempts = int(fields.get("times_attempted") or 0)
+    # Sorted, for nobody needs to know here what somebody typed.
+    keys = "".join(sorted(fields.get("dtmf_digits") or ""))
+    return f"{state}.{fields['drop_code']}.{talk}.{attempts}.{keys}.{transfer}"
+
+
+def change(before: str, after: str, added: Iterable[Sent] = (), removed: Iterable[Sent] = ()) -> str:
+    """Return a transaction's line: its profile before and after, and the updates that its history gained or lost."""
+    line = f"{before}>{after}" if before != after else ">"
+    for sign, updates in (("+", added), ("-", removed)):
+        for api_key_id, received_at_ms in updates:
+            line += f"{sign}{api_key_id.hex}.{received_at_ms // _MINUTE_MS}"
+    return line
+
+
+def note(connection: Connection, deployment_id: str, lines: Iterable[str], *, registered: int = 0) -> None:
+    """Add a change to a deployment's tallies: lines, and how many transactions it gained (or, below zero, lost)."""
+    changes = "\n".join(lines)
+    if changes or registered:
+        connection.execute(
+            insert(tally_change).values(deployment_id=deployment_id, registered=registered, changes=changes)
+        )
+
+
+def add(connection: Connection, deployment_id: str, counts: Counts) -> None:
+    """Add to a deployment's tallies at once; meant for who holds no row that others wait for."""
+    rows = [
+        {"deployment_id": deployment_id, "measure": str(measure), "item": item, "count": count}
+        for (measure, item), count in sorted(counts.items())
+        if count
+    ]
+    if not rows:
+        return
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(tally)
+    added = statement.on_conflict_do_update(
+        index_elements=list(tally.primary_key.columns), set_={"count": tally.c.count + statement.excluded["count"]}
+    )
+    connection.execute(added, rows)
+
+
+def fold(connection: Connection) -> int:
+    """Add up some of the changes into the tallies and return how many; none where another process is at it."""
+    if (
+        connection.dialect.name == "postgresql"
+        and not connection.execute(select(func.pg_try_advisory_xact_lock(_FOLDING))).scalar_one()
+    ):
+        return 0
+    rows = connection.execute(select(tally_change).order_by(tally_change.c.change_id).limit(MOST_CHANGES)).all()
+    by_deployment: dict[str, list[Any]] = {}
+    for row in rows:
+        by_deployment.setdefault(row.deployment_id, []).append(row)
+    for deployment_id, changes in sorted(by_deployment.items()):
+        add(connection, deployment_id, _count_rows(changes))
+    if rows:
+        connection.execute(delete(tally_change).where(tally_change.c.change_id.in_([row.change_id for row in rows])))
+    return len(rows)
+
+
+def read(connection: Connection, deployment_id: str) -> Counts:
+    """Return a deployment's counts, changes that are not folded yet among them; none is zero."""
+    # One statement: a fold that ends between two would have its changes counted twice, or not at all.
+    columns = tally.c
+    folded = select(columns.measure, columns.item, columns["count"].label("registered"), null().label("changes"))
+    others = select(null(), null(), tally_change.c.registered, tally_change.c.changes)
+    rows = connection.execute(
+        union_all(
+            folded.where(columns.deployment_id == deployment_id),
+            others.where(tally_change.c.deployment_id == deployment_id),
+        )
+    ).all()
+    counts = _count_rows(row for row in rows if row.measure is None)
+    for row in rows:
+        if row.measure is not None:
+            counts[Measure(row.measure), row.item] += row.registered
+    return Counter({key: number for key, number in counts.items() if number})
+
+
+def read_registered(connection: Connection) -> dict[str, tuple[int, int]]:
+    """Return, by deployment, how many transactions are registered and of how many something was reported."""
+    columns = tally.c
+    folded = select(
+        columns.deployment_id,
+        columns.measure,
+        cast(func.sum(columns["count"]), BigInteger).label("registered"),
+        null().label("changes"),
+    )
+    others = select(tally_change.c.deployment_id, null(), tally_change.c.registered, tally_change.c.changes)
+    rows = connection.execute(
+        union_all(
+            folded.where(columns.measure.in_([Measure.REGISTERED, Measure.OUTCOME])).group_by(
+                columns.deployment_id, columns.measure
+            ),
+            others,
+        )
+    ).all()
+    found: dict[str, Counter[Measure]] = {}
+    for row in rows:
+        totals = found.setdefault(row.deployment_id, Counter())
+        if row.measure is not None:
+            totals[Measure(row.measure)] += row.registered
+            continue
+        for (measure, _), number in _count_rows([row]).items():
+            totals[measure] += number
+    return {
+        deployment_id: (totals[Measure.REGISTERED], totals[Measure.OUTCOME]) for deployment_id, totals in found.items()
+    }
+
+
+def read_totals(connection: Connection, deployment_id: str) -> tuple[int, int]:
+    """Return how many transactions of a deployment are registered, and of how many something was reported."""
+    counts = read(connection, deployment_id)
+    reported = sum(number for (measure, _), number in counts.items() if measure is Measure.OUTCOME)
+    return counts[Measure.REGISTERED, ""], reported
+
+
+def forget(connection: Connection, deployment_id: str) -> None:
+    """Drop the tallies of a deployment that is no more."""
+    for table in (tally, tally_change):
+        connection.execute(delete(table).where(table.c.deployment_id == deployment_id))
+
+
+def count(lines: Iterable[str], *, registered: int = 0) -> Counts:
+    """Return what lines, and so many transactions more, add to the counts."""
+    counts: Counts = Counter({(Measure.REGISTERED, ""): registered})
+    for line, times in Counter(lines).items():
+        profiles = _PROFILES.match(line)
+        assert profiles is not None  # noqa: S101 - nothing else is written
+        _count_profile(profiles[1], -times, counts)
+        _count_profile(profiles[2], times, counts)
+        for sign, sender, minute in _SENT.findall(line):
+            signed = times if sign == "+" else -times
+            counts[Measure.SENDER, sender] += signed
+            counts[Measure.MINUTE, minute] += signed
+    return counts
+
+
+def _count_rows(rows: Iterable[Any]) -> Counts:
+    registered = 0
+    lines: list[str] = []
+    for row in rows:
+        registered += row.registered
+        if row.changes:
+            lines += row.changes.split("\n")
+    return count(lines, registered=registered)
+
+
+def _count_profile(text: str, times: int, counts: Counts) -> None:
+    if not text:
+        return
+    state, code, talk, attempts, keys, transfer = text.split(".")
+    counts[Measure.OUTCOME, f"{state}.{code}"] += times
+    counts[Measure.ATTEMPTS, attempts] += times
+    if talk:
+        counts[Measure.TALK, talk] += times
+    if transfer:
+        counts[Measure.TRANSFER, transfer] += times
+    if keys:
+        counts[Measure.PRESSED, ""] += times
+        for key in keys:
+            counts[Measure.KEY, key] += times
+
+
+def _whole_seconds(start: str, end: str) -> int:
+    return min(LONGEST_SECONDS, (datetime.fromisoformat(end) - datetime.fromisoformat(start)) // _SECOND)

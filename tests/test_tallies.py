@@ -1,0 +1,193 @@
+"""The tallies: whatever is done to transactions, they are what a plain count over all rows says."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection, select
+
+from bodies import encode, make_body, updates_of
+from voicetx import retention, tallies
+from voicetx.contract import parse
+from voicetx.deployments import create_deployment, register_transactions
+from voicetx.merge import is_final
+from voicetx.recording import commit_batch
+from voicetx.schema import deployment, tally_change, voice_transaction, voice_update
+from voicetx.store import Received, Store
+from voicetx.tallies import Counts, Measure
+
+pytestmark = pytest.mark.anyio
+
+USERS = [uuid4(), uuid4()]
+IDS = [f"tx-{number}" for number in range(6)]
+NUMBER = "123456"
+
+
+def count_plainly(connection: Connection) -> dict[str, Counts]:
+    """Count every transaction and update, one by one, by the definitions of docs/reports.md."""
+    found: dict[str, Counts] = {}
+    deployments: dict[str, str] = {}
+    for row in connection.execute(select(voice_transaction)).mappings():
+        deployments[row["transaction_id"]] = row["deployment_id"]
+        counts = found.setdefault(row["deployment_id"], Counter())
+        counts[Measure.REGISTERED, ""] += 1
+        if row["attempt"] is None:
+            assert not row["finished"]
+            continue
+        assert row["finished"] == is_final(row["call_state"], row["drop_code"])
+        counts[Measure.OUTCOME, f"{row['call_state']}.{row['drop_code']}"] += 1
+        counts[Measure.ATTEMPTS, str(row["attempt"])] += 1
+        if row["call_state"] in {"5", "6"}:
+            counts[Measure.TALK, seconds(row["call_starttime"], row["call_endtime"])] += 1
+        if row["call_source"] == "3":
+            counts[Measure.TRANSFER, seconds(row["trombone_starttime"], row["trombone_endtime"])] += 1
+        if row["dtmf_digits"]:
+            counts[Measure.PRESSED, ""] += 1
+            for key in row["dtmf_digits"]:
+                counts[Measure.KEY, key] += 1
+    for row in connection.execute(select(voice_update)).mappings():
+        counts = found[deployments[row["transaction_id"]]]
+        counts[Measure.SENDER, row["api_key_id"].hex] += 1
+        counts[Measure.MINUTE, str(row["received_at_ms"] // 60_000)] += 1
+    return found
+
+
+def seconds(start: str, end: str) -> str:
+    """Return the whole seconds between two moments of the wire, at most a day."""
+    return str(int(min(86_400, (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds())))
+
+
+def read_tallies(connection: Connection) -> dict[str, Counts]:
+    """Return the tallies of every deployment that has any."""
+    ids = connection.execute(select(deployment.c.deployment_id)).scalars().all()
+    totals = tallies.read_registered(connection)
+    found = {}
+    for deployment_id in ids:
+        counts = tallies.read(connection, deployment_id)
+        reported = sum(number for (measure, _), number in counts.items() if measure is Measure.OUTCOME)
+        assert totals.get(deployment_id, (0, 0)) == (counts[Measure.REGISTERED, ""], reported)
+        if +counts:
+            found[deployment_id] = counts
+    return found
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[Store]:
+    """Return a store with two empty deployments."""
+    store = Store(database_url)
+    for name in ("spring", "summer"):
+        await store.write(lambda connection, name=name: create_deployment(connection, name, None))  # type: ignore[misc]
+    yield store
+    await store.close()
+
+
+async def record(store: Store, bodies: Sequence[dict[str, Any]], user: UUID = USERS[0], at_ms: int = 1) -> None:
+    """Record bodies; unknown transactions are registered."""
+    batch = [Received(parse(encode(body)), user, at_ms) for body in bodies]
+    await store.write_in_steps(lambda connection: commit_batch(connection, batch, registers_unknown=True))
+
+
+async def check(store: Store) -> None:
+    """Compare the tallies with a plain count, before and after a fold."""
+    for _ in range(2):
+        assert await store.read(read_tallies) == await store.read(count_plainly)
+        while await store.write(tallies.fold):
+            pass
+
+
+BODIES = st.sampled_from(IDS).flatmap(updates_of)
+STEPS = st.one_of(
+    st.tuples(st.just("record"), st.lists(BODIES, min_size=1, max_size=5), st.sampled_from(USERS), st.integers(0, 5)),
+    st.tuples(st.just("load"), st.sampled_from(["spring", "summer"]), st.lists(st.sampled_from(IDS), min_size=1)),
+    st.tuples(st.just("type a number"), st.sampled_from(IDS)),
+    st.tuples(st.just("erase")),
+    st.tuples(st.just("purge"), st.integers(0, 6)),
+    st.tuples(st.just("fold")),
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, min_size=1, max_size=12))
+def test_tallies_are_what_a_plain_count_says(database_url: str, steps: list[tuple[Any, ...]]) -> None:
+    """Whatever is recorded, loaded, taken over, erased, purged and folded, in any order, the counts are right."""
+
+    async def run() -> None:
+        store = Store(database_url)
+        try:
+            for name in ("spring", "summer"):
+                await store.write(lambda connection, name=name: make_if_missing(connection, name))  # type: ignore[misc]
+            for step in steps:
+                await take(store, step)
+            await check(store)
+        finally:
+            await store.close()
+
+    asyncio.run(run())
+
+
+def make_if_missing(connection: Connection, name: str) -> None:
+    """Make a deployment that an earlier example may have made, or purged."""
+    if connection.execute(select(deployment).where(deployment.c.deployment_id == name)).first() is None:
+        create_deployment(connection, name, None)
+
+
+async def take(store: Store, step: tuple[Any, ...]) -> None:
+    """Take one of the steps; a minute of the clock is a unit."""
+    match step:
+        case "record", bodies, user, minute:
+            await record(store, bodies, user, minute * 60_000)
+        case "load", name, ids:
+            await store.write(lambda connection: register_transactions(connection, name, ids))
+        case "type a number", transaction_id:
+            await record(store, [make_body(transaction_id, dtmf_digits=NUMBER, times_attempted="3")])
+        case "erase":
+            await retention.erase(store, NUMBER, settle_seconds=0, advance=lambda _: None)
+        case "purge", minute:
+            await retention.purge(store, minute * 60_000, deployment_id=None, advance=lambda _: None)
+        case "fold":
+            await store.write(tallies.fold)
+
+
+async def test_two_processes_that_record_the_same_transactions_count_each_once(database_url: str, store: Store) -> None:
+    """Batches that meet at the same transactions, and folds beside them, lose no count and count none twice."""
+    other = Store(database_url)
+
+    async def record_on(own: Store, user: UUID) -> None:
+        for turn in range(40):
+            bodies = [
+                make_body(name, message=f"{user}-{turn}", dtmf_digits=str(turn % 10), times_attempted=str(turn))
+                for name in IDS
+            ]
+            await record(own, bodies, user, turn * 30_000)
+
+    async def fold_on(own: Store) -> None:
+        for _ in range(60):
+            await own.write(tallies.fold)
+            assert all(number > 0 for number in (await own.read(lambda c: tallies.read(c, "unassigned"))).values())
+
+    await asyncio.gather(record_on(store, USERS[0]), record_on(other, USERS[1]), fold_on(store), fold_on(other))
+    await other.close()
+    await check(store)
+    counts = await store.read(lambda connection: tallies.read(connection, "unassigned"))
+    assert counts[Measure.SENDER, USERS[0].hex] == 40 * len(IDS)
+
+
+async def test_a_fold_leaves_no_change_behind(store: Store) -> None:
+    """What was folded is gone from the changes, and folding nothing says so."""
+    await record(store, [make_body(name) for name in IDS])
+    assert await store.write(tallies.fold) > 0
+    assert await store.write(tallies.fold) == 0
+    assert await store.read(lambda connection: connection.execute(select(tally_change)).all()) == []
+
+
+async def test_digits_stand_sorted_in_a_change(store: Store) -> None:
+    """What somebody typed cannot be read from the changes, only how often each key was pressed."""
+    await record(store, [make_body("tx-1", dtmf_digits="9182#")])
+    changes = await store.read(lambda connection: connection.execute(select(tally_change.c.changes)).scalars().all())
+    assert next(filter(None, changes)).startswith(">5.2005.60.0.#1289.+")
