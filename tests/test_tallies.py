@@ -190,4 +190,4 @@ async def test_digits_stand_sorted_in_a_change(store: Store) -> None:
     """What somebody typed cannot be read from the changes, only how often each key was pressed."""
     await record(store, [make_body("tx-1", dtmf_digits="9182#")])
     changes = await store.read(lambda connection: connection.execute(select(tally_change.c.changes)).scalars().all())
-    assert next(filter(None, changes)).startswith(">5.2005.60.0.#1289.+")
+    assert next(filter(None, changes)).startswith(">5.2005.60.0.#1289.@+")
