@@ -86,6 +86,10 @@ bench-quick: $(VENV)/.dev  ## the same in a minute and a half: one short round, 
 bench-growth: $(VENV)/.dev  ## the same with ten million transactions (half an hour, 40 GB of disk)
 	$(BIN)/python bench/growth.py $(ARGS)
 
+.PHONY: bench-reading
+bench-reading: $(VENV)/.dev  ## how long reports on a million transactions take while updates come in, and what that costs (5 minutes)
+	$(BIN)/python bench/reading.py $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(VENV)/.dev  ## send hostile bodies and bytes to both databases for an hour (ARGS="--minutes 5", ARGS="--count 10000")
 	$(BIN)/python tests/fuzz.py $(ARGS)

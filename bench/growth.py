@@ -14,9 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -28,21 +29,32 @@ import load
 import platform_side
 from run import describe_machine
 from servers import PostgreSQL, Service
+from voicetx import tallies
 from voicetx.contract import parse
 from voicetx.recording import commit_batch
 from voicetx.store import Received, Store
+from voicetx.tallies import Measure
 
 _CAMPAIGN = 100_000
 _UPDATES_EACH = 3
 _SETTINGS = {"VOICETX_THROTTLE": "1000000/second"}
 _COLUMNS = (
     "transaction_id, deployment_id, updates, attempt, digest, call_starttime, call_endtime, call_source, call_state,\
- drop_code, dtmf_digits, message, times_attempted, a_party, b_party, updated_at_ms"
+ drop_code, dtmf_digits, message, times_attempted, a_party, b_party, finished, updated_at_ms"
 )
 _VALUES = (
     "'2026-02-01 09:00:00.000', '2026-02-01 09:03:00.000', '2', '5', '2005', '1', 'Call finished', '0', '+15550100',"
-    " '+15550199', 1769936580000"
+    " '+15550199', true, 1769936580000"
 )
+
+
+def add_tallies(url: str, transactions: int) -> None:
+    """Count what was filled in: what the service itself would have counted."""
+    counts = tallies.count([tallies.change("", tallies.profile(_FIELDS))])
+    counts[Measure.MINUTE, "29498940"] = counts[Measure.SENDER, _SENDER.hex] = _UPDATES_EACH
+    counts[Measure.REGISTERED, ""] = 1
+    scaled = Counter({key: number * transactions for key, number in counts.items()})
+    platform_side.run_on(url, lambda connection: tallies.add(connection, "campaign", scaled))
 
 
 def fill_postgresql(url: str, first: int, count: int) -> None:
@@ -62,7 +74,7 @@ def fill_postgresql(url: str, first: int, count: int) -> None:
                 f"""
                 INSERT INTO voice_update (transaction_id, digest, body, received_at_ms, api_key_id)
                 SELECT 't' || i, decode(md5(i || '-' || k), 'hex'), {_body_in_sql("i", "k")}, 1769936400000 + k * 60000,
-                    '6d0b1f0e-2f0e-4a63-9d84-6b9a3a1f0c55'
+                    '{_SENDER}'
                 FROM generate_series({first}, {first + count - 1}) AS i, generate_series(1, {_UPDATES_EACH}) AS k
                 """
             )
@@ -90,12 +102,24 @@ def fill_sqlite(path: Path, first: int, count: int) -> None:
             f"""
             INSERT INTO voice_update (transaction_id, digest, body, received_at_ms, api_key_id) {series}
             SELECT 't' || i, randomblob(16), {_body_in_sql("i", str(k))}, 1769936400000 + {k} * 60000,
-                '6d0b1f0e2f0e4a639d846b9a3a1f0c55'
+                '{_SENDER.hex}'
             FROM n
             """
         )
     connection.commit()
     connection.close()
+
+
+_SENDER = UUID("6d0b1f0e-2f0e-4a63-9d84-6b9a3a1f0c55")
+_FIELDS = {
+    "call_starttime": "2026-02-01 09:00:00.000",
+    "call_endtime": "2026-02-01 09:03:00.000",
+    "call_source": "2",
+    "call_state": "5",
+    "drop_code": "2005",
+    "dtmf_digits": "1",
+    "times_attempted": "0",
+}
 
 
 def _body_in_sql(number: str, minute: str) -> str:
@@ -209,6 +233,8 @@ def measure_postgresql(transactions: int, memory_updates: int, seconds: int) -> 
         small_key, key = contenders.prepare(small_url, ids=0), contenders.prepare(url, ids=0)
         fill_postgresql(small_url, 0, _CAMPAIGN)
         fill(lambda first, count: fill_postgresql(url, first, count), transactions)
+        add_tallies(small_url, _CAMPAIGN)
+        add_tallies(url, transactions)
         for database in ("small", "big"):
             postgresql.execute("VACUUM ANALYZE", database)
         postgresql.execute("CHECKPOINT")
@@ -228,6 +254,8 @@ def measure_sqlite(folder: Path, transactions: int, seconds: int) -> None:
     small, big = ((f"sqlite:///{path}", contenders.prepare(f"sqlite:///{path}", ids=0)) for path in paths)
     fill_sqlite(paths[0], 0, _CAMPAIGN)
     fill(lambda first, count: fill_sqlite(paths[1], first, count), transactions)
+    add_tallies(small[0], _CAMPAIGN)
+    add_tallies(big[0], transactions)
     report("SQLite", small, big, transactions, seconds)
     size = paths[1].stat().st_size
     print(f"  disk: {size / 1e9:.1f} GB in all, {size / transactions / _UPDATES_EACH:.0f} bytes an update")

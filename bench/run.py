@@ -38,6 +38,7 @@ from voicetx.workers import count_workers
 # More than any run reaches; the throttle is asked all the same.
 _SETTINGS = {"VOICETX_THROTTLE": "1000000/second"}
 _BULK_LINES = 1_000
+_BULK_CONNECTIONS = 4  # as many such requests as an API user may have under way
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Bench:
             Contest("voicetx, 1 connection", lambda s: self._voicetx(1, s)),
             Contest("voicetx with Redis, 64", lambda s: self._voicetx(64, s, redis_url=self._valkey.url)),
             Contest("voicetx on SQLite, 64", lambda s: self._voicetx(64, s, workers=1, is_embedded=True)),
-            Contest("voicetx, many a request", lambda s: self._voicetx(8, s, lines=_BULK_LINES)),
+            Contest("voicetx, many a request", lambda s: self._voicetx(_BULK_CONNECTIONS, s, lines=_BULK_LINES)),
             Contest("voicetx, many a request, 1 connection", lambda s: self._voicetx(1, s, lines=_BULK_LINES)),
         ]
 
