@@ -191,3 +191,17 @@ async def test_digits_stand_sorted_in_a_change(store: Store) -> None:
     await record(store, [make_body("tx-1", dtmf_digits="9182#")])
     changes = await store.read(lambda connection: connection.execute(select(tally_change.c.changes)).scalars().all())
     assert next(filter(None, changes)).startswith(">5.2005.60.0.#1289.@+")
+
+
+async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(database_url: str, store: Store) -> None:
+    """A deployment that is purged while its changes are added up, and made again, begins with nothing."""
+    other = Store(database_url)
+    for _ in range(10):
+        await store.write(lambda connection: register_transactions(connection, "spring", IDS))
+        await record(store, [make_body(name) for name in IDS])
+        await asyncio.gather(
+            retention.purge(store, 2**60, advance=lambda _: None), *(other.write(tallies.fold) for _ in range(5))
+        )
+        await store.write(lambda connection: create_deployment(connection, "spring", None))
+        await check(store)
+    await other.close()

@@ -190,6 +190,9 @@ def read_totals(connection: Connection, deployment_id: str) -> tuple[int, int]:
 
 def forget(connection: Connection, deployment_id: str) -> None:
     """Drop the tallies of a deployment that is no more."""
+    if connection.dialect.name == "postgresql":
+        # A fold that is under way would bring some of them back.
+        connection.execute(select(func.pg_advisory_xact_lock(_FOLDING)))
     for table in (tally, tally_change):
         connection.execute(delete(table).where(table.c.deployment_id == deployment_id))
 
