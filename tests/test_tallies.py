@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, select
 
 from bodies import encode, make_body, updates_of
+from servers import PostgreSQL
 from voicetx import retention, tallies
 from voicetx.contract import parse
 from voicetx.deployments import create_deployment, register_transactions
@@ -193,15 +194,31 @@ async def test_digits_stand_sorted_in_a_change(store: Store) -> None:
     assert next(filter(None, changes)).startswith(">5.2005.60.0.#1289.@+")
 
 
-async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(database_url: str, store: Store) -> None:
-    """A deployment that is purged while its changes are added up, and made again, begins with nothing."""
-    other = Store(database_url)
-    for _ in range(10):
-        await store.write(lambda connection: register_transactions(connection, "spring", IDS))
-        await record(store, [make_body(name) for name in IDS])
-        await asyncio.gather(
-            retention.purge(store, 2**60, advance=lambda _: None), *(other.write(tallies.fold) for _ in range(5))
-        )
-        await store.write(lambda connection: create_deployment(connection, "spring", None))
-        await check(store)
-    await other.close()
+@pytest.fixture
+def postgresql_url(postgresql: PostgreSQL) -> str:
+    """Return the address of a fresh, migrated database of PostgreSQL."""
+    return postgresql.create_database(f"test-{uuid4().hex}", template="template")
+
+
+async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(postgresql_url: str) -> None:
+    """A deployment that is purged while another process adds up its changes, and made again, begins with nothing."""
+    store = Store(postgresql_url)
+    await store.write(lambda connection: make_if_missing(connection, "spring"))
+    await store.write(lambda connection: register_transactions(connection, "spring", IDS))
+    await record(store, [make_body(name) for name in IDS])
+    async with store._database._engine.connect() as folding:
+        assert await folding.run_sync(tallies.fold) > 0
+        purging = asyncio.create_task(retention.purge(store, 2**60, advance=lambda _: None))
+        while not await store.read(is_anybody_waiting):
+            assert not purging.done()
+        await folding.commit()
+        assert (await purging).deployments == 1
+    await store.write(lambda connection: create_deployment(connection, "spring", None))
+    assert await store.read(read_tallies) == {}
+    await store.close()
+
+
+def is_anybody_waiting(connection: Connection) -> bool:
+    """Say whether a session of this database waits for a lock."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return bool(connection.exec_driver_sql(waiting).scalar_one())
