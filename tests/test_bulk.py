@@ -16,7 +16,8 @@ from platform_side import make_user, register, show
 from servers import Service
 from test_app import connect, running_app
 from test_contract import BAD_VALUES, NOT_JSON
-from voicetx.api.bulk import BULK_PATH, LineSplitter
+from voicetx.api.bodies import LineSplitter
+from voicetx.api.bulk import BULK_PATH
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH
 from voicetx.errors import Refusal

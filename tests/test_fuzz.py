@@ -25,6 +25,7 @@ from fuzz import Fuzzer, fuzzing, run_round
 from hostile import DIGITS, NUMBER
 from platform_side import make_user, register
 from voicetx.app import create_app
+from voicetx.auth import Grant
 from voicetx.settings import Settings
 
 
@@ -71,7 +72,7 @@ def documented(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("documented") / "voicetx.db"
     shutil.copyfile(sqlite_template, path)
     url = f"sqlite:///{path}"
-    _, key = make_user(url)
+    _, key = make_user(url, grants=Grant)
     register(url, ["demo-001"])
     app = create_app(Settings(_env_file=None, database_url=url))
     yield schemathesis.openapi.from_asgi("/openapi.json", app), {"authorization": f"Bearer {key}"}

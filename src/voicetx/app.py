@@ -8,15 +8,17 @@ import gc
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import structlog
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import iter_route_contexts
 from fastapi_offline import FastAPIOffline
 from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from voicetx.api import bulk, operations, tokens, transactions, updates
+from voicetx.api import bulk, deployments, operations, receipts, tokens, transactions, updates, users
 from voicetx.api.answers import (
     ClientGone,
     answer_error,
@@ -26,6 +28,7 @@ from voicetx.api.answers import (
     send_answer,
     to_response,
 )
+from voicetx.api.endpoints import RawPath
 from voicetx.api.openapi import complete_openapi
 from voicetx.api.pages import PageGuard
 from voicetx.contract import UPDATE_PATH
@@ -60,10 +63,11 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=run_services,
         redirect_slashes=False,
     )
-    for module in (updates, bulk, tokens, transactions, operations):
+    for module in (updates, bulk, receipts, deployments, transactions, users, tokens, operations):
         app.include_router(module.router)
     for kind in (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException):
         app.add_exception_handler(kind, _answer_exception)
+    app.add_middleware(RawPath)
     app.add_middleware(PageGuard)
     app.add_middleware(RequestLine)
     complete_openapi(app)
@@ -81,8 +85,18 @@ async def _answer_exception(request: Request, error: Exception) -> Response:
     answer = answer_error(error)
     if answer.status == updates.REFUSED_METHOD.status and request.scope["path"] == UPDATE_PATH:
         answer = updates.REFUSED_METHOD  # names the methods in the contract's order
+    elif answer.status == updates.REFUSED_METHOD.status and (methods := _find_methods(request)):
+        headers = [header for header in answer.headers if header[0] != b"allow"]
+        answer = replace(answer, headers=(*headers, (b"allow", ", ".join(methods).encode())))
     note_for_log(request.scope, code=answer.code)
     return to_response(answer)
+
+
+def _find_methods(request: Request) -> list[str]:
+    """Return the methods that all routes of a path have together; FastAPI names those of the first."""
+    path = request.scope["path"]
+    routes = [route for route in iter_route_contexts(request.app.routes) if route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 def _without_traceback(send: Send) -> Send:

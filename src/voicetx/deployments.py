@@ -1,7 +1,7 @@
 """Deployments: how the platform registers the transactions of a campaign run before its dialer rings anybody.
 
-Called by the command line. Transactions go in set by set, not row by row, so that a campaign of hundreds of thousands
-loads in seconds. Source: docs/contract.md, section 5.
+Called by the command line and over HTTP. Transactions go in set by set, not row by row, so that a campaign of hundreds
+of thousands loads in seconds. Source: docs/contract.md, section 5.
 """
 
 import csv
@@ -27,6 +27,10 @@ _FIELD = "transaction-id"
 
 class DeploymentError(Exception):
     """What was asked of a deployment cannot be done; the text is a sentence for the person who asked."""
+
+
+class DeploymentTaken(DeploymentError):  # noqa: N818 - what is the matter with the id
+    """There is a deployment of that id already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +61,13 @@ class Line:
 
 
 def create_deployment(connection: Connection, deployment_id: str, name: str | None) -> None:
-    """Make a deployment; raises `DeploymentError` for an id that is taken or is none."""
+    """Make a deployment; raises `DeploymentError` for an id that is none, `DeploymentTaken` for one that is taken."""
     if not _is_id(deployment_id):
         raise DeploymentError("A deployment id has 1 to 128 visible ASCII characters.")
-    if name is not None and not 1 <= len(name.strip()) <= 256:  # noqa: PLR2004 - the column's length
-        raise DeploymentError("A deployment's name has 1 to 256 characters.")
+    if name is not None and not is_name(name.strip()):
+        raise DeploymentError("A deployment's name has 1 to 256 printable characters.")
     if _exists(connection, deployment_id):
-        raise DeploymentError(f"There is a deployment {deployment_id} already.")
+        raise DeploymentTaken(f"There is a deployment {deployment_id} already.")
     connection.execute(
         insert(deployment).values(
             deployment_id=deployment_id,
@@ -71,6 +75,11 @@ def create_deployment(connection: Connection, deployment_id: str, name: str | No
             created_at_ms=time.time_ns() // 1_000_000,
         )
     )
+
+
+def is_name(text: str) -> bool:
+    """Say whether a deployment may be called so: a terminal that shows it must not be steered by it."""
+    return 1 <= len(text) <= 256 and text.isprintable()  # noqa: PLR2004 - the column's length
 
 
 def find_deployment(connection: Connection, deployment_id: str) -> Deployment:

@@ -1,12 +1,15 @@
 """Reading a request's body: never more of it in memory than the limit allows, never waiting for it for ever."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
 from starlette.types import Receive, Scope
 
 from voicetx.api.answers import ClientGone
 from voicetx.errors import Refusal, Rejected
+
+_CHUNK_BYTES = 16_384
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, timeout_seconds: float) -> bytes:
@@ -61,3 +64,54 @@ def _check_length(scope: Scope, limit_bytes: int) -> None:
     for name, value in scope["headers"]:
         if name == b"content-length" and int(value) > limit_bytes:
             raise Rejected(Refusal.BODY_TOO_LARGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line's number, and its text; None where it was too long to be kept."""
+
+    number: int
+    text: bytes | None
+
+
+async def split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[Line]:
+    """Yield the lines that are not blank, never keeping more than `limit_bytes` of one."""
+    splitter = LineSplitter(limit_bytes)
+    async for chunk in chunks:
+        for start in range(0, len(chunk), _CHUNK_BYTES):
+            for line in splitter.feed(chunk[start : start + _CHUNK_BYTES]):
+                yield line
+            await asyncio.sleep(0)  # lines may all be blank
+    for line in splitter.feed(b"\n"):
+        yield line
+
+
+class LineSplitter:
+    """Cuts chunks into numbered lines; blank ones count and are left out, too long ones lose their text."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._number = 0
+        self._rest: list[bytes] = []
+        self._rest_size = 0
+
+    def feed(self, chunk: bytes) -> Iterator[Line]:
+        """Yield the lines that this chunk ends."""
+        first, *others = chunk.split(b"\n")
+        self._keep(first)
+        for other in others:
+            self._number += 1
+            text = b"".join(self._rest)
+            if self._rest_size > self._limit_bytes:
+                yield Line(self._number, None)
+            elif text.strip():
+                yield Line(self._number, text)
+            self._rest, self._rest_size = [], 0
+            self._keep(other)
+
+    def _keep(self, part: bytes) -> None:
+        self._rest_size += len(part)
+        if self._rest_size <= self._limit_bytes:
+            self._rest.append(part)
+        else:
+            self._rest.clear()

@@ -7,20 +7,19 @@ that sends before it listens would otherwise wait for us as we for it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter
 from starlette.types import Receive, Scope
 
-from voicetx import activity, metrics
-from voicetx.api.answers import Answer, ClientGone, answer_error, note_for_log, render_refusal, to_rejected, to_response
-from voicetx.api.bodies import read_chunks
+from voicetx import activity
+from voicetx.api.answers import Answer, render_refusal, to_rejected
+from voicetx.api.bodies import Line, read_chunks, split_lines
+from voicetx.api.endpoints import Call, for_users, take_place
 from voicetx.api.openapi import BULK_REQUEST, describe_bulk_answers
-from voicetx.api.updates import require_grant, sign_in
 from voicetx.auth import ApiUser, Grant
 from voicetx.contract import parse
 from voicetx.errors import Refusal, Rejected
@@ -32,8 +31,6 @@ BULK_PATH = "/api/v1/updates"
 _NDJSON = ((b"content-type", b"application/x-ndjson"),)
 _LINES_A_TURN = 64  # then others have theirs: single updates must not wait for a whole chunk
 _TURNS_AHEAD = 8
-_CHUNK_BYTES = 16_384
-_BULKS_AT_ONCE = 4  # of an API user in a process: their answers are kept in memory
 
 router = APIRouter(tags=["Updates"])
 
@@ -45,46 +42,15 @@ router = APIRouter(tags=["Updates"])
     responses=describe_bulk_answers(),
     openapi_extra=BULK_REQUEST,
 )
-async def update_transactions(request: Request) -> Response:
+@for_users(Grant.TRANSACTIONS_UPDATE, is_throttled=False)
+async def update_transactions(call: Call) -> Answer:
     """Send many updates, one on each line (NDJSON), and get the contract's answer to each, with its line number.
 
     Each line is an update by itself: those that are refused change nothing for the others. A line that is answered with
     a `retry-after` may be sent again after so many seconds; sending any line twice is safe.
     """
-    services: Services = request.app.state.services
-    user: ApiUser | None = None
-    try:
-        user = await sign_in(services, request.scope)
-        require_grant(user, Grant.TRANSACTIONS_UPDATE)
-        with _take_place(services, user):
-            answer = await answer_bulk(services, user, request.scope, request.receive)
-    except ClientGone:
-        raise
-    except Exception as error:  # noqa: BLE001 - each becomes its answer, and the unforeseen ones a log line too
-        answer = answer_error(error)
-    note_for_log(request.scope, code=answer.code, user=user)
-    return to_response(answer)
-
-
-@contextmanager
-def _take_place(services: Services, user: ApiUser) -> Iterator[None]:
-    """Raise `Rejected` (429) where a user has as many of these requests under way as it may."""
-    if services.bulks[user.api_key_id] >= _BULKS_AT_ONCE:
-        metrics.THROTTLED.inc()
-        raise Rejected(Refusal.THROTTLED, retry_after_seconds=1)
-    services.bulks[user.api_key_id] += 1
-    try:
-        yield
-    finally:
-        services.bulks[user.api_key_id] -= 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A line's number, and its text; None where it was too long to be kept."""
-
-    number: int
-    text: bytes | None
+    with take_place(call):
+        return await answer_bulk(call.services, call.user, call.request.scope, call.request.receive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +73,7 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
     chunks = read_chunks(
         scope, receive, limit_bytes=settings.bulk_limit_bytes, timeout_seconds=settings.body_timeout_seconds
     )
-    async for line in _split_lines(chunks, settings.body_limit_bytes):
+    async for line in split_lines(chunks, settings.body_limit_bytes):
         if line.number > settings.bulk_limit_lines:
             raise Rejected(Refusal.BODY_TOO_LARGE)
         answer = await _take_line(services, user, line)
@@ -135,7 +101,7 @@ async def _wait_for(lines: Iterable[_Pending]) -> None:
             await asyncio.wait([pending.outcome])
 
 
-async def _take_line(services: Services, user: ApiUser, line: _Line) -> bytes | _Pending:
+async def _take_line(services: Services, user: ApiUser, line: Line) -> bytes | _Pending:
     try:
         if (admission := services.throttle.admit(user.api_key_id, user.call_limit)) is not None:
             await admission
@@ -164,46 +130,3 @@ def _refuse(user: ApiUser, number: int, error: Exception) -> bytes:
     if rejected.retry_after_seconds is not None:
         answer["retry-after"] = rejected.retry_after_seconds
     return orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE)
-
-
-async def _split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[_Line]:
-    """Yield the lines that are not blank, never keeping more than `limit_bytes` of one."""
-    splitter = LineSplitter(limit_bytes)
-    async for chunk in chunks:
-        for start in range(0, len(chunk), _CHUNK_BYTES):
-            for line in splitter.feed(chunk[start : start + _CHUNK_BYTES]):
-                yield line
-            await asyncio.sleep(0)  # lines may all be blank
-    for line in splitter.feed(b"\n"):
-        yield line
-
-
-class LineSplitter:
-    """Cuts chunks into numbered lines; blank ones count and are left out, too long ones lose their text."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._number = 0
-        self._rest: list[bytes] = []
-        self._rest_size = 0
-
-    def feed(self, chunk: bytes) -> Iterator[_Line]:
-        """Yield the lines that this chunk ends."""
-        first, *others = chunk.split(b"\n")
-        self._keep(first)
-        for other in others:
-            self._number += 1
-            text = b"".join(self._rest)
-            if self._rest_size > self._limit_bytes:
-                yield _Line(self._number, None)
-            elif text.strip():
-                yield _Line(self._number, text)
-            self._rest, self._rest_size = [], 0
-            self._keep(other)
-
-    def _keep(self, part: bytes) -> None:
-        self._rest_size += len(part)
-        if self._rest_size <= self._limit_bytes:
-            self._rest.append(part)
-        else:
-            self._rest.clear()

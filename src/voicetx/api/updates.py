@@ -134,9 +134,9 @@ def find_authorization(scope: Scope) -> bytes | None:
     return (bytes(found[0]) if len(found) == 1 else b"") if found else None
 
 
-def require_grant(user: ApiUser, grant: Grant) -> None:
-    """Raise `Rejected` (430) unless the user holds the grant."""
-    if grant not in user.grants:
+def require_grant(user: ApiUser, *grants: Grant) -> None:
+    """Raise `Rejected` (430) unless the user holds one of the grants."""
+    if user.grants.isdisjoint(grants):
         raise Rejected(Refusal.NOT_GRANTED)
 
 

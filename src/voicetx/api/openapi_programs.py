@@ -1,0 +1,286 @@
+"""What the OpenAPI document says of the endpoints for programs: their answers as models, and what they are asked.
+
+Parameters and bodies are described from the models that judge them (`voicetx.api.endpoints.Asked`). Nothing here runs
+while a request is answered.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, Field, TypeAdapter
+
+from voicetx.api.endpoints import Asked
+from voicetx.api.openapi import describe_answers
+from voicetx.contract import TransactionId
+from voicetx.errors import Refusal
+
+_EVERY = (
+    Refusal.NOT_GRANTED,
+    Refusal.NOT_SIGNED_IN,
+    Refusal.METHOD_NOT_SUPPORTED,
+    Refusal.THROTTLED,
+    Refusal.BAD_VALUE,
+    Refusal.INTERNAL,
+)
+_OF_BODIES = (Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, Refusal.INVALID_JSON, Refusal.FIELD_MISSING)
+_WHEN: dict[Refusal, str] = {
+    Refusal.NOT_GRANTED: "a valid credential without a grant for this",
+    Refusal.NOT_FOUND: "there is no such deployment",
+    Refusal.METHOD_NOT_SUPPORTED: "another method; see Allow",
+    Refusal.BODY_TOO_LARGE: "the body, or what it holds, is more than is taken at once",
+    Refusal.BAD_VALUE: "a value breaks its rule, or a name is not known or given twice; errors says which and why",
+    Refusal.INTERNAL: "an unexpected fault, or the store is away; see Retry-After where it is given",
+    Refusal.INVALID_JSON: "not JSON (RFC 8259), or a value of another type than is due",
+    Refusal.FIELD_MISSING: "a mandatory field is absent, null or empty",
+}
+_DEPLOYMENT_ID = {
+    "name": "deployment_id",
+    "in": "path",
+    "required": True,
+    "description": "the deployment's id; each sign of it that has a meaning in an address is written by its code, a"
+    " slash as %2F",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+    "example": "demo",
+}
+_TRANSACTION_ID = TypeAdapter(TransactionId).json_schema()
+
+
+class ShownDeployment(BaseModel):
+    """A deployment: a campaign run."""
+
+    deployment: str = Field(examples=["spring-2026"])
+    name: str = Field(examples=["Spring, second wave"])
+    transactions: int = Field(description="how many are registered", examples=[100])
+    reported: int = Field(description="of how many something was reported", examples=[42])
+    created_at: str = Field(description="RFC 3339, UTC", examples=["2026-01-31T08:00:00.000Z"])
+
+
+class ShownDeployments(BaseModel):
+    """The deployments, oldest first."""
+
+    deployments: list[ShownDeployment]
+
+
+class StateCount(BaseModel):
+    """Reported transactions of a call-state."""
+
+    call_state: str = Field(alias="call-state", examples=["5"])
+    text: str = Field(examples=["answered or connected"])
+    transactions: int
+
+
+class CodeCount(BaseModel):
+    """Reported transactions of a drop-code."""
+
+    drop_code: str = Field(alias="drop-code", examples=["2002"])
+    text: str = Field(examples=["no answer"])
+    meaning: str = Field(description="what it means for the campaign", examples=["try again later"])
+    transactions: int
+
+
+class OutcomeCount(BaseModel):
+    """Reported transactions of a call-state and a drop-code."""
+
+    call_state: str = Field(alias="call-state", examples=["5"])
+    drop_code: str = Field(alias="drop-code", examples=["2005"])
+    transactions: int
+
+
+class AttemptCount(BaseModel):
+    """Reported transactions of a number of attempts."""
+
+    times_attempted: int = Field(alias="times-attempted", examples=[1])
+    transactions: int
+
+
+class MinuteCount(BaseModel):
+    """Different updates that came in within a minute."""
+
+    minute: str = Field(
+        description="its beginning, RFC 3339, in the time zone asked for", examples=["2026-01-31T08:02Z"]
+    )
+    updates: int
+
+
+class SenderCount(BaseModel):
+    """Different updates of an API user."""
+
+    api_user: str = Field(description="its name, or its API key id where it is deleted")
+    updates: int
+
+
+class ShownDurations(BaseModel):
+    """How many there were, and how long: whole seconds, by nearest rank."""
+
+    count: int
+    total_seconds: int
+    median_seconds: int | None
+    p90_seconds: int | None
+
+
+class ShownReport(BaseModel):
+    """A deployment's numbers; docs/reports.md defines each."""
+
+    deployment: str = Field(examples=["spring-2026"])
+    name: str
+    created_at: str = Field(description="RFC 3339, in the time zone asked for")
+    time_zone: str = Field(examples=["UTC"])
+    transactions: int = Field(description="how many are registered")
+    reported: int = Field(description="of how many something was reported")
+    unreported: int = Field(description="of how many nothing was reported")
+    unfinished: int = Field(description="of how many what was reported leaves open how the call ended")
+    answered: int = Field(description="how many calls a person answered")
+    answer_rate: float | None = Field(description="the share of finished calls that a person answered", examples=[0.42])
+    inconsistent: int = Field(description="of how many call-state and drop-code contradict each other")
+    updates: int = Field(description="how many different updates came in")
+    by_meaning: dict[str, int] = Field(description="reported transactions by what their drop-code means")
+    by_call_state: list[StateCount]
+    by_drop_code: list[CodeCount]
+    outcomes: list[OutcomeCount]
+    talk: ShownDurations
+    transfers: ShownDurations
+    attempts: list[AttemptCount]
+    pressed: int = Field(description="in how many calls keys were pressed")
+    key_presses: dict[str, int] = Field(description="presses by key", examples=[{"1": 17, "#": 2}])
+    updates_by_minute: list[MinuteCount]
+    senders: list[SenderCount]
+
+
+class ShownReceipt(BaseModel):
+    """What is on disk of a transaction."""
+
+    transaction_id: str = Field(alias="transaction-id", examples=["demo-001"])
+    registered: bool
+    updates: int = Field(description="how many different updates are held", examples=[3])
+    held: bool = Field(description="whether the update of that digest is on disk; without one, whether any is")
+
+
+class ShownReceipts(BaseModel):
+    """A receipt for each that was asked for, in order."""
+
+    receipts: list[ShownReceipt]
+
+
+class ShownUser(BaseModel):
+    """What became of an API user's calls."""
+
+    api_user: str = Field(description="its name, or its API key id where it is deleted")
+    recorded: int = Field(description="updates that were recorded")
+    repeated: int = Field(description="repeats of what was there already")
+    stale: int = Field(description="of those recorded, those that were not the newest of their transaction")
+    refused: dict[str, int] = Field(description="other answers, by their code", examples=[{"1002": 7, "1010": 1}])
+
+
+class ShownUsers(BaseModel):
+    """The API users that called, by name."""
+
+    users: list[ShownUser]
+
+
+def describe_found(model: type[BaseModel], *others: Refusal, of_a_deployment: bool = False) -> dict[int | str, Any]:
+    """Return OpenAPI's `responses` of an endpoint that answers with such a model, and the refusals that all have."""
+    responses = _describe_refusals(*others, of_a_deployment=of_a_deployment)
+    responses[200] = {"model": model, "description": model.__doc__}
+    return responses
+
+
+def describe_created() -> dict[int | str, Any]:
+    """Return OpenAPI's `responses` of the endpoint that makes a deployment."""
+    responses = _describe_refusals(*_OF_BODIES, of_a_deployment=False)
+    responses[201] = {"model": ShownDeployment, "description": "the deployment that was made"}
+    return responses
+
+
+def describe_minted() -> dict[int | str, Any]:
+    """Return OpenAPI's `responses` of the endpoint that mints ids."""
+    responses = _describe_refusals(*_OF_BODIES, of_a_deployment=True)
+    responses[200] = {
+        "description": "the new ids, one on each line",
+        "content": {"application/x-ndjson": {"example": '{"transaction-id":"0b6f5f0e-2f0d-4bd4-9a53-3f1d1a4b7c55"}\n'}},
+    }
+    return responses
+
+
+def describe_receipts() -> dict[int | str, Any]:
+    """Return OpenAPI's `responses` of the endpoint for receipts."""
+    bodies = (Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, Refusal.INVALID_JSON)
+    return describe_found(ShownReceipts, *bodies)
+
+
+RECEIPTS_REQUEST: dict[str, Any] = {
+    "security": [{"bearer": []}],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "array",
+                    "maxItems": 10_000,
+                    "items": {
+                        "anyOf": [
+                            _TRANSACTION_ID,
+                            {
+                                "type": "object",
+                                "required": ["transaction-id"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "transaction-id": _TRANSACTION_ID,
+                                    "digest": {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"},
+                                },
+                            },
+                        ]
+                    },
+                },
+                "example": [
+                    "demo-001",
+                    {"transaction-id": "demo-002", "digest": "9b2d6f0c41f3a7e85d0c7b1e62a94f38"},
+                ],
+            }
+        },
+    },
+}
+"""The part of the operation of receipts that FastAPI cannot know."""
+
+
+def describe_query(model: type[Asked], *, of_a_deployment: bool = False) -> dict[str, Any]:
+    """Return the part of an operation that FastAPI cannot know: how to sign in, and the parameters."""
+    properties = model.model_json_schema()["properties"] if model.model_fields else {}
+    parameters = [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": schema.pop("description"),
+            **_with_schema(schema),
+        }
+        for name, schema in properties.items()
+    ]
+    return {
+        "security": [{"bearer": []}],
+        "parameters": [*([_DEPLOYMENT_ID] if of_a_deployment else ()), *parameters],
+    }
+
+
+def describe_body(model: type[Asked], *, of_a_deployment: bool = False) -> dict[str, Any]:
+    """Return the same of an operation whose body is a JSON object."""
+    schema = model.model_json_schema()
+    example = {name: field["examples"][0] for name, field in schema["properties"].items()}
+    return {
+        "security": [{"bearer": []}],
+        "parameters": [_DEPLOYMENT_ID] if of_a_deployment else [],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}},
+    }
+
+
+def _with_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    schema.pop("title", None)
+    examples = schema.pop("examples", None)
+    schema.pop("default", None)
+    # Whoever leaves it out leaves it out: there is no null in a query.
+    kinds = [kind for kind in schema.pop("anyOf", ()) if kind.get("type") != "null"]
+    shown: dict[str, Any] = {"schema": {**schema, **(kinds[0] if kinds else {})}}
+    return shown | ({"example": examples[0]} if examples else {})
+
+
+def _describe_refusals(*others: Refusal, of_a_deployment: bool) -> dict[int | str, Any]:
+    found = (Refusal.NOT_FOUND,) if of_a_deployment else ()
+    return describe_answers(*_EVERY, *found, *others, when=_WHEN)

@@ -1,0 +1,105 @@
+"""Receipts: which of the updates that a dialer sent are on disk, for one that was cut off and does not know.
+
+Answered from what is committed, never from what is under way. Knows HTTP; what is held, `voicetx.listings` says.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import TypeAdapter, ValidationError
+
+from voicetx.api.answers import Answer
+from voicetx.api.endpoints import Call, answer_json, for_users, read_json
+from voicetx.api.openapi_programs import RECEIPTS_REQUEST, describe_receipts
+from voicetx.auth import Grant
+from voicetx.contract import TransactionId
+from voicetx.errors import Fault, Refusal, Rejected
+from voicetx.listings import Receipt, find_receipts
+
+RECEIPTS_PATH = "/api/v1/receipts"
+
+MOST_RECEIPTS = 10_000
+"""How many are given at once."""
+
+_MOST_BYTES = 512 * MOST_RECEIPTS
+_AT_ONCE = 500  # looked at, and looked up: then others have their turn
+_MOST_FAULTS = 100
+_RULE = "must be a transaction id, or an object with a transaction-id and a digest of 32 hexadecimal digits"
+
+_ids = TypeAdapter(TransactionId)
+_DIGEST = re.compile("[0-9a-fA-F]{32}")
+
+router = APIRouter(tags=["Updates"])
+
+
+@router.post(
+    RECEIPTS_PATH,
+    operation_id="find_receipts",
+    summary="Which updates are held?",
+    responses=describe_receipts(),
+    openapi_extra=RECEIPTS_REQUEST,
+)
+@for_users(Grant.TRANSACTIONS_UPDATE, Grant.TRANSACTIONS_READ)
+async def answer_receipts(call: Call) -> Answer:
+    """Send up to 10,000 transaction ids, each alone or with the digest of an update, and learn which are on disk.
+
+    For a dialer that was cut off: what is not held it sends again. An id that nobody registered is no fault. How a
+    digest is made: docs/contract.md, section 5.
+    """
+    raw = await read_json(call, min(call.services.settings.bulk_limit_bytes, _MOST_BYTES))
+    if not isinstance(raw, list):
+        raise Rejected(Refusal.INVALID_JSON)
+    if len(raw) > MOST_RECEIPTS:
+        raise Rejected(Refusal.BODY_TOO_LARGE)
+    wanted: list[tuple[str, bytes | None]] = []
+    faults: list[Fault] = []
+    for place, item in enumerate(raw):
+        if place % _AT_ONCE == 0:
+            await asyncio.sleep(0)
+        read = _read_item(item)
+        if read is not None:
+            wanted.append(read)
+        elif len(faults) < _MOST_FAULTS:
+            faults.append(Fault(f"[{place}]", _RULE))
+    if faults:
+        raise Rejected(Refusal.BAD_VALUE, faults)
+    receipts: list[Receipt] = []
+    for start in range(0, len(wanted), _AT_ONCE):
+        receipts += await call.services.store.read(partial(find_receipts, wanted=wanted[start : start + _AT_ONCE]))
+    return await answer_json(partial(describe_receipts_found, receipts))
+
+
+def _read_item(item: Any) -> tuple[str, bytes | None] | None:
+    """Return what an item asks for, or None for one that breaks the rule."""
+    digest = None
+    if isinstance(item, dict):
+        if item.keys() - {"transaction-id", "digest"}:
+            return None
+        digest = item.get("digest")
+        item = item.get("transaction-id")
+        if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            return None
+    try:
+        transaction_id = _ids.validate_python(item, strict=True)
+    except ValidationError:
+        return None
+    return transaction_id, bytes.fromhex(digest) if digest is not None else None
+
+
+def describe_receipts_found(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """Return receipts as JSON shows them."""
+    return {
+        "receipts": [
+            {
+                "transaction-id": receipt.transaction_id,
+                "registered": receipt.is_registered,
+                "updates": receipt.updates,
+                "held": receipt.is_held,
+            }
+            for receipt in receipts
+        ]
+    }
