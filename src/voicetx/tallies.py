@@ -16,8 +16,8 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import orjson
 from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null, select, union_all
-from sqlalchemy.dialects import postgresql, sqlite
 
 from voicetx.contract import TROMBONE_SOURCE
 from voicetx.schema import tally, tally_change
@@ -98,19 +98,23 @@ def note(connection: Connection, deployment_id: str, lines: Iterable[str], *, re
 
 def add(connection: Connection, deployment_id: str, counts: Counts) -> None:
     """Add to a deployment's tallies at once; meant for who holds no row that others wait for."""
-    rows = [
-        {"deployment_id": deployment_id, "measure": str(measure), "item": item, "count": count}
-        for (measure, item), count in sorted(counts.items())
-        if count
-    ]
+    rows = [(deployment_id, str(measure), item, number) for (measure, item), number in sorted(counts.items()) if number]
     if not rows:
         return
-    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(tally)
-    added = statement.on_conflict_do_update(
-        index_elements=list(tally.primary_key.columns), set_={"count": tally.c.count + statement.excluded["count"]}
-    )
-    connection.execute(added, rows)
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(_ADD_ROWS, (orjson.dumps(rows).decode(),))
+    else:
+        connection.exec_driver_sql(_ADD_ROW, rows)
+
+
+# In each database's own words: a fold may come to thousands of rows, and one by one they take ten times as long.
+_ADD_UP = "ON CONFLICT (deployment_id, measure, item) DO UPDATE SET count = tally.count + excluded.count"
+_ADD_ROWS = (
+    "INSERT INTO tally (deployment_id, measure, item, count)"  # noqa: S608 - of our own words
+    " SELECT added->>0, added->>1, added->>2, (added->>3)::bigint FROM json_array_elements($1::json) AS added "
+    + _ADD_UP
+)
+_ADD_ROW = f"INSERT INTO tally (deployment_id, measure, item, count) VALUES (?, ?, ?, ?) {_ADD_UP}"  # noqa: S608 - as above
 
 
 def fold(connection: Connection) -> int:
@@ -208,16 +212,14 @@ def count(lines: Iterable[str], *, registered: int = 0) -> Counts:
         profiles[before] -= times
         profiles[after] += times
         sent[updates] += times
-    counts: Counts = Counter({(Measure.REGISTERED, ""): registered})
-    for text, times in profiles.items():
-        if text and times:
-            _count_profile(text, times, counts)
+    found = _count_profiles(profiles)
+    found[Measure.REGISTERED][""] += registered
     for updates, times in sent.items():
         for sign, sender, minute in _SENT.findall(updates):
             signed = times if sign == "+" else -times
-            counts[Measure.SENDER, sender] += signed
-            counts[Measure.MINUTE, minute] += signed
-    return counts
+            found[Measure.SENDER][sender] += signed
+            found[Measure.MINUTE][minute] += signed
+    return Counter({(measure, item): number for measure, items in found.items() for item, number in items.items()})
 
 
 def _count_rows(rows: Iterable[Any]) -> Counts:
@@ -230,18 +232,24 @@ def _count_rows(rows: Iterable[Any]) -> Counts:
     return count(lines, registered=registered)
 
 
-def _count_profile(text: str, times: int, counts: Counts) -> None:
-    state, code, talk, attempts, keys, transfer = text.split(".")
-    counts[Measure.OUTCOME, f"{state}.{code}"] += times
-    counts[Measure.ATTEMPTS, attempts] += times
-    if talk:
-        counts[Measure.TALK, talk] += times
-    if transfer:
-        counts[Measure.TRANSFER, transfer] += times
-    if keys:
-        counts[Measure.PRESSED, ""] += times
-        for key in keys:
-            counts[Measure.KEY, key] += times
+def _count_profiles(profiles: Mapping[str, int]) -> dict[Measure, Counter[str]]:
+    found: dict[Measure, Counter[str]] = {measure: Counter() for measure in Measure}
+    outcomes, talks, attempts = found[Measure.OUTCOME], found[Measure.TALK], found[Measure.ATTEMPTS]
+    for text, times in profiles.items():
+        if not text or not times:
+            continue
+        state, code, talk, attempt, keys, transfer = text.split(".")
+        outcomes[f"{state}.{code}"] += times
+        attempts[attempt] += times
+        if talk:
+            talks[talk] += times
+        if transfer:
+            found[Measure.TRANSFER][transfer] += times
+        if keys:
+            found[Measure.PRESSED][""] += times
+            for key in keys:
+                found[Measure.KEY][key] += times
+    return found
 
 
 def _whole_seconds(start: str, end: str) -> int:
