@@ -14,7 +14,7 @@ from sqlalchemy import Connection, LargeBinary, Uuid, insert, select, text
 
 from bodies import encode, make_body, updates_of
 from servers import PostgreSQL
-from voicetx import migrations
+from voicetx import migrations, retention, tallies
 from voicetx.auth import Authenticator
 from voicetx.contract import parse, restore
 from voicetx.merge import Transaction, fold
@@ -43,6 +43,29 @@ async def test_migrations_build_the_schema_that_the_code_expects(database_url: s
     store = Store(database_url)
     assert await migrations.find_differences(store) == []
     await store.close()
+
+
+def test_whoever_serves_needs_no_more_than_to_write_the_tables(postgresql: PostgreSQL) -> None:
+    """A role that may select, insert, update and delete, and nothing else, registers, records, counts and purges."""
+    name, role = f"rights-{uuid4().hex}", f"app-{uuid4().hex}"
+    postgresql.create_database(name, template="template")
+    postgresql.execute(f'create role "{role}" login')
+    postgresql.execute(f'grant select, insert, update, delete on all tables in schema public to "{role}"', name)
+
+    async def run() -> None:
+        store = Store(postgresql.url(name).replace("postgres@", f"{role}@"))
+        batch = [Received(parse(encode(make_body("tx-1"))), uuid4(), 1)]
+        try:
+            committed = await store.write_in_steps(
+                lambda connection: commit_batch(connection, batch, registers_unknown=True)
+            )
+            assert committed.outcomes == [Outcome.RECORDED]
+            assert await store.write(tallies.fold) > 0
+            assert (await retention.purge(store, 2, advance=lambda _: None)).transactions == 1
+        finally:
+            await store.close()
+
+    asyncio.run(run())
 
 
 def test_the_head_that_the_code_knows_is_the_newest_version() -> None:

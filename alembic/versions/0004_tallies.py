@@ -45,7 +45,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "tally_change",
-        sa.Column("change_id", sa.BigInteger() if is_postgresql else sa.Integer(), nullable=False),
+        # An identity: of a sequence by itself whoever only serves would need to be told, beside the tables.
+        sa.Column("change_id", sa.BigInteger() if is_postgresql else sa.Integer(), sa.Identity(), nullable=False),
         sa.Column("deployment_id", identifier, nullable=False),
         sa.Column("registered", sa.Integer(), nullable=False, server_default="0"),
         sa.Column("changes", sa.Text(), nullable=False),

@@ -10,6 +10,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -132,7 +133,8 @@ tally = Table(
 tally_change = Table(
     "tally_change",
     metadata,
-    Column("change_id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    # Not of a plain sequence, for which a role that may write the tables needs one more right.
+    Column("change_id", BigInteger().with_variant(Integer, "sqlite"), Identity(), primary_key=True),
     Column("deployment_id", _ID, nullable=False),
     Column("registered", Integer, nullable=False, server_default="0"),
     Column("changes", Text, nullable=False),
