@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Connection, func, insert, select, text, update
+from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from bodies import encode, make_body
 from platform_side import HIGH_LIMIT
@@ -371,6 +371,23 @@ async def test_a_deployment_that_is_being_used_is_left(store: Store, other_store
     await store.write(register_slowly)
     assert await purging[0] == Purged(deployments=1)
     assert [found.deployment_id for found in await store.read(list_deployments)] == ["old"]
+
+
+async def test_a_deployment_that_was_made_anew_is_left(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deployment that was old when it was looked at, and has gone and been made again since, stays as it is."""
+    await make_deployment(store, "old", [])
+    original = retention._delete_deployment
+
+    def delete_late(connection: Connection, **arguments: Any) -> dict[str, int]:
+        connection.execute(delete(deployment))
+        create_deployment(connection, "old", None)
+        register_transactions(connection, "old", ["tx-1"])
+        connection.execute(delete(voice_transaction))  # its tallies are looked at
+        return original(connection, **arguments)
+
+    monkeypatch.setattr(retention, "_delete_deployment", delete_late)
+    assert await purge(store) == Purged()
+    assert [found.transactions for found in await store.read(list_deployments)] == [1]
 
 
 async def fill_with_number(store: Store) -> None:

@@ -292,14 +292,17 @@ async def _purge_deployments(run: _Run, store: Store, before_ms: int, populated:
             run.counts.update(deployments=1)
             continue
         try:
-            await run.write(partial(_delete_deployment, deployment_id=deployment_id))
+            await run.write(partial(_delete_deployment, deployment_id=deployment_id, before_ms=before_ms))
         except ValueRefused:
             continue  # by the foreign key: it is not empty, or is being filled at this moment
 
 
-def _delete_deployment(connection: Connection, deployment_id: str) -> dict[str, int]:
-    deleted = connection.execute(delete(deployment).where(deployment.c.deployment_id == deployment_id))
-    tallies.forget(connection, deployment_id)
+def _delete_deployment(connection: Connection, deployment_id: str, before_ms: int) -> dict[str, int]:
+    # Judged again: another purge may have deleted it, and somebody made one of that name anew.
+    is_old = deployment.c.created_at_ms < before_ms
+    deleted = connection.execute(delete(deployment).where(deployment.c.deployment_id == deployment_id, is_old))
+    if deleted.rowcount:
+        tallies.forget(connection, deployment_id)
     return {"deployments": deleted.rowcount}
 
 
