@@ -21,7 +21,7 @@ from voicetx.merge import is_final
 from voicetx.recording import commit_batch
 from voicetx.schema import deployment, tally_change, voice_transaction, voice_update
 from voicetx.store import Received, Store
-from voicetx.tallies import Counts, Measure
+from voicetx.tallies import Counts, Measure, Sent
 
 pytestmark = pytest.mark.anyio
 
@@ -179,18 +179,39 @@ async def test_two_processes_that_record_the_same_transactions_count_each_once(d
     assert counts[Measure.SENDER, USERS[0].hex] == 40 * len(IDS)
 
 
+async def read_changes(store: Store) -> Sequence[str]:
+    """Return the lines of all changes that are not folded yet."""
+    return await store.read(lambda connection: connection.execute(select(tally_change.c.changes)).scalars().all())
+
+
 async def test_a_fold_leaves_no_change_behind(store: Store) -> None:
-    """What was folded is gone from the changes, and folding nothing says so."""
+    """What was folded is gone from the changes."""
     await record(store, [make_body(name) for name in IDS])
-    assert await store.write(tallies.fold) > 0
-    assert await store.write(tallies.fold) == 0
-    assert await store.read(lambda connection: connection.execute(select(tally_change)).all()) == []
+    assert await store.write(tallies.fold) is False
+    assert await read_changes(store) == []
+
+
+async def test_a_fold_takes_no_longer_than_others_may_wait(store: Store) -> None:
+    """However many changes wait, and however long each is, a fold takes some of them and says that there are more."""
+    line = tallies.change("", "5.2005.60.0..", added=[Sent(USERS[0], 1)])
+    for lines in (1, 10_000, 10_000, 1, 1):
+        await store.write(lambda connection, lines=lines: tallies.note(connection, "spring", [line] * lines))  # type: ignore[misc]
+    for left in (4, 3, 2):
+        assert await store.write(tallies.fold) is True
+        assert len(await read_changes(store)) == left
+    assert await store.write(tallies.fold) is False
+    for _ in range(101):
+        await store.write(lambda connection: tallies.note(connection, "spring", [line]))
+    assert await store.write(tallies.fold) is True
+    assert len(await read_changes(store)) == 1
+    counts = await store.read(lambda connection: tallies.read(connection, "spring"))
+    assert counts[Measure.OUTCOME, "5.2005"] == 20_003 + 101
 
 
 async def test_digits_stand_sorted_in_a_change(store: Store) -> None:
     """What somebody typed cannot be read from the changes, only how often each key was pressed."""
     await record(store, [make_body("tx-1", dtmf_digits="9182#")])
-    changes = await store.read(lambda connection: connection.execute(select(tally_change.c.changes)).scalars().all())
+    changes = await read_changes(store)
     assert next(filter(None, changes)).startswith(">5.2005.60.0.#1289.@+")
 
 

@@ -85,7 +85,7 @@ async def _fold_on(store: Store) -> None:
             if done:
                 await store.write_beside(_keep(done))
                 done.clear()
-            while await store.write_beside(tallies.fold) == tallies.MOST_CHANGES:
+            while await store.write_beside(tallies.fold):
                 pass
         except StoreUnavailable as error:
             activity.give_back(done)
