@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields
@@ -36,6 +37,30 @@ hypothesis.settings.load_profile("voicetx")
 
 for _name in filter(is_foreign, list(os.environ)):
     del os.environ[_name]
+
+# Each client of httpx reads the machine's certificates, which takes longer than its requests; here are none to read.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
+
+_MEMORY = Path("/dev/shm")
+_ROOM_BYTES = 4 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what tests write in memory, where there is room: no test is about a machine that dies, a disk is slow.
+
+    The long form of tests/faults waits for a real disk.
+    """
+    if "TMPDIR" not in os.environ and not config.getoption("--long") and has_room(_MEMORY):
+        os.environ["TMPDIR"] = tempfile.tempdir = str(_MEMORY)
+
+
+def has_room(folder: Path) -> bool:
+    """Say whether a folder can hold what tests write, and programs be run from it."""
+    if not os.access(folder, os.W_OK):
+        return False
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize >= _ROOM_BYTES and not state.f_flag & os.ST_NOEXEC
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

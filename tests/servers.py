@@ -306,7 +306,9 @@ class PostgreSQL(Server):
 
     def create_database(self, name: str, template: str | None = None) -> str:
         """Make a database, as a copy of another one where that is given, and return its address."""
-        self.execute(f'create database "{name}"' + (f' template "{template}"' if template else ""))
+        # Copied as files, which takes half as long as through the log.
+        copied = f' template "{template}" strategy file_copy' if template else ""
+        self.execute(f'create database "{name}"{copied}')
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
