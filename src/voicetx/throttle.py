@@ -19,13 +19,10 @@ from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from limits import parse
-from limits.aio.storage import RedisStorage
-from redis.asyncio import BlockingConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from slowapi import Limiter
 from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit
@@ -33,6 +30,10 @@ from starlette.requests import Request
 
 from voicetx import metrics
 from voicetx.settings import Settings
+
+if TYPE_CHECKING:
+    from limits.aio.storage import RedisStorage
+    from redis.asyncio import BlockingConnectionPool
 
 COUNTS_FILE_VARIABLE = "VOICETX_COUNTS_FILE"
 """The environment variable in which `voicetx serve` tells its processes where they count calls together. No setting."""
@@ -175,20 +176,8 @@ class Throttle:
         self._pool: BlockingConnectionPool | None = None
         self._redis: RedisStorage | None = None
         if settings.redis_url is not None:
-            # Blocking: the ordinary pool fails a burst of more than its hundred, which would pass for Redis being away.
-            # One retry: so would an idle connection that was cut, by a restart or by whatever is in between.
-            self._pool = BlockingConnectionPool.from_url(
-                settings.redis_url.get_secret_value(),
-                max_connections=_REDIS_CONNECTIONS,
-                retry=Retry(NoBackoff(), 1),
-                socket_timeout=self._timeout_seconds,
-                socket_connect_timeout=self._timeout_seconds,
-            )
-            self._redis = RedisStorage(
-                "async+redis://",  # which server is the pool's business
-                implementation="redispy",
-                connection_pool=self._pool,  # type: ignore[arg-type]  # documented, but not in limits' annotation
-            )
+            self._pool = _make_pool(settings.redis_url.get_secret_value(), self._timeout_seconds)
+            self._redis = _make_storage(self._pool)
 
     def spend(self, user: Hashable, limit: str | None) -> bool:
         """Count a call if that is as quick as it can be: leased already, or to be asked in this process only.
@@ -315,7 +304,7 @@ class Throttle:
             _log.warning("throttle.counts_away", reason=str(error))
             return None
 
-    async def _count_in_redis(self, redis: RedisStorage, key: str, length_seconds: int, amount: int) -> int | None:
+    async def _count_in_redis(self, redis: "RedisStorage", key: str, length_seconds: int, amount: int) -> int | None:
         """Count in Redis, and note whether it is there; None where it is away."""
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -326,7 +315,7 @@ class Throttle:
         self._note_back()
         return int(counted)
 
-    async def _ask(self, redis: RedisStorage, lease: _Lease) -> None:
+    async def _ask(self, redis: "RedisStorage", lease: _Lease) -> None:
         """Decide on all calls that wait for a lease; those that come in meanwhile share the next question."""
         batch: list[_Waiting] = []
         try:
@@ -398,6 +387,33 @@ def _read_limit(text: str) -> Limit:
         exempt_when=None,
         cost=1,
         override_defaults=False,
+    )
+
+
+# Redis's library is imported where there is a Redis: a tenth of the time in which the service starts.
+def _make_pool(url: str, timeout_seconds: float) -> "BlockingConnectionPool":
+    from redis.asyncio import BlockingConnectionPool  # noqa: PLC0415
+    from redis.asyncio.retry import Retry  # noqa: PLC0415
+    from redis.backoff import NoBackoff  # noqa: PLC0415
+
+    # Blocking: the ordinary pool fails a burst of more than its hundred, which would pass for Redis being away.
+    # One retry: so would an idle connection that was cut, by a restart or by whatever is in between.
+    return BlockingConnectionPool.from_url(
+        url,
+        max_connections=_REDIS_CONNECTIONS,
+        retry=Retry(NoBackoff(), 1),
+        socket_timeout=timeout_seconds,
+        socket_connect_timeout=timeout_seconds,
+    )
+
+
+def _make_storage(pool: "BlockingConnectionPool") -> "RedisStorage":
+    from limits.aio.storage import RedisStorage  # noqa: PLC0415
+
+    return RedisStorage(
+        "async+redis://",  # which server is the pool's business
+        implementation="redispy",
+        connection_pool=pool,  # type: ignore[arg-type]  # documented, but not in limits' annotation
     )
 
 
