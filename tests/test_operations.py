@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on
-from servers import PostgreSQL, Service, wait_until
+from servers import PostgreSQL, Service, find_free_port, wait_until
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract import UPDATE_PATH
 
@@ -57,6 +57,22 @@ def test_every_request_has_a_line_and_no_line_has_a_secret(service: Service, dat
     log = service.log_text()
     for secret in [*private.values(), key, token.json()["access_token"], "guessed-secret"]:
         assert secret not in log
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_where_told_only_what_is_to_be_watched_for_is_logged(database_url: str, log_format: str) -> None:
+    """At the level `warning` a request has no line, in either format, and a warning has one."""
+    _, key = make_user(database_url)
+    environment = {
+        "VOICETX_LOG_LEVEL": "warning",
+        "VOICETX_LOG_FORMAT": log_format,
+        "VOICETX_REDIS_URL": f"redis://127.0.0.1:{find_free_port()}",
+    }
+    with Service(database_url, environment=environment) as service:
+        httpx.put(service.base_url + UPDATE_PATH, headers={"authorization": f"Bearer {key}"})
+        service.terminate()
+        assert ["throttle.redis_away" in line for line in service.log_text().splitlines()] == [True]
 
 
 def test_a_log_line_cannot_be_forged(service: Service) -> None:

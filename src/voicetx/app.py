@@ -77,7 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
 def create_served_app() -> FastAPI:
     """Return what uvicorn serves, set up from the environment; called once in each worker process."""
     settings = Settings()
-    configure_logging(settings.log_format)
+    configure_logging(settings.log_format, settings.log_level)
     return create_app(settings)
 
 

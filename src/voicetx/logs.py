@@ -17,17 +17,18 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor
 
-from voicetx.settings import LogFormat
+from voicetx.settings import LogFormat, LogLevel
 
 _request_log = structlog.get_logger("voicetx.request")
 _json_lines: "_Lines | None" = None
 
 
-def configure_logging(log_format: LogFormat) -> None:
-    """Send every log line of this process to standard output, as JSON or as text for people."""
+def configure_logging(log_format: LogFormat, log_level: LogLevel) -> None:
+    """Send the log lines of this process, of a level and above, to standard output, as JSON or as text for people."""
     global _json_lines  # noqa: PLW0603 - logging is the process's own, as structlog's configuration is
     out = _Lines(sys.stdout.buffer)
-    _json_lines = out if log_format is LogFormat.JSON else None
+    lowest = logging.getLevelNamesMapping()[log_level.upper()]
+    _json_lines = out if log_format is LogFormat.JSON and lowest <= logging.INFO else None
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso"),
@@ -41,7 +42,7 @@ def configure_logging(log_format: LogFormat) -> None:
         lines = [foreign, _encode]
     structlog.configure(
         processors=[*shared, *lines],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(lowest),
         logger_factory=structlog.BytesLoggerFactory(out),  # type: ignore[arg-type] # what it uses
         cache_logger_on_first_use=True,
     )
@@ -52,7 +53,7 @@ def configure_logging(log_format: LogFormat) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, foreign],
         )
     )
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.basicConfig(handlers=[handler], level=lowest, force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -29,6 +29,13 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
+class LogLevel(StrEnum):
+    """Which log lines are written: all, that of each request among them (info), or those to be heeded (warning)."""
+
+    INFO = "info"
+    WARNING = "warning"
+
+
 def check_limit(text: str) -> str:
     """Return `text` if it is a limit such as `200/second` or `5000/minute`.
 
@@ -171,3 +178,6 @@ class Settings(BaseSettings):
         10, ge=1, le=300, description="How long a stopping process waits for requests that are under way."
     )
     log_format: LogFormat = Field(LogFormat.JSON, description="Log lines for programs (json) or for people (text).")
+    log_level: LogLevel = Field(
+        LogLevel.INFO, description="Log lines: all, one a request among them (info), or what to watch for (warning)."
+    )

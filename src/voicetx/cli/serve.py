@@ -55,7 +55,7 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
     from voicetx import workers  # noqa: PLC0415
     from voicetx.logs import configure_logging  # noqa: PLC0415
 
-    configure_logging(settings.log_format)
+    configure_logging(settings.log_format, settings.log_level)
     count = workers.count_workers(settings)
     try:
         listeners = workers.listen(settings.host, settings.port, count)
