@@ -35,8 +35,8 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime | $(BIN)/uv
 install: $(VENV)/.runtime  ## make .venv and install the locked dependencies
 
 .PHONY: run
-run: install  ## start a demonstration instance and print a curl line that works
-	@exec $(BIN)/python -m voicetx demo
+run: install  ## start a demonstration instance with a campaign under way, and print a curl line that works
+	@exec $(BIN)/python -m voicetx demo --live
 
 .PHONY: check
 check: $(VENV)/.dev  ## ruff, format, mypy strict, import-linter

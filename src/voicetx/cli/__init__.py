@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from voicetx.auth import AdministrationError
-from voicetx.cli import database, deployments, retention, send, serve, transactions, users
+from voicetx.cli import database, deployments, retention, send, serve, simulate, transactions, users
 from voicetx.cli.output import CommandError, complain
 from voicetx.deployments import DeploymentError
 from voicetx.migrations import SchemaOutdated
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("demo")(serve.demo)
 app.command("send")(send.send)
+app.command("simulate")(simulate.simulate)
 app.add_typer(database.app, name="db", help="The database: its schema, and a backup.")
 app.add_typer(users.users, name="user", help="API users and what they may do.")
 app.add_typer(users.keys, name="key", help="The secret keys of API users.")

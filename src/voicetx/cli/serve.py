@@ -15,9 +15,10 @@ from sqlalchemy import Connection
 from voicetx import auth, deployments, migrations
 from voicetx.auth import AdministrationError, Grant
 from voicetx.cli.output import CommandError, write
+from voicetx.cli.simulate import accompany
 from voicetx.contract import UPDATE_PATH
 from voicetx.deployments import DeploymentError
-from voicetx.settings import LogFormat, Settings
+from voicetx.settings import LogFormat, LogLevel, Settings
 from voicetx.store import open_store
 
 _DEMO_NAME = "demo"
@@ -76,18 +77,30 @@ def demo(
     host: Host = None,
     port: Port = None,
     directory: Annotated[Path, typer.Option(help="Where its database and secret key are kept.")] = Path(".voicetx"),
+    live: Annotated[
+        bool, typer.Option("--live", help="Simulate a campaign beside it, one after the other, as long as it serves.")
+    ] = False,
 ) -> None:
     """Serve a demonstration: a database, an API user, a deployment with 100 transactions, and a curl line that works.
 
-    Run again, it finds what is there.
+    Run again, it finds what is there. With --live only warnings are logged, so that what it prints can be read.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["VOICETX_DATABASE_URL"] = f"sqlite:///{directory / 'demo.db'}"
     os.environ.setdefault("VOICETX_LOG_FORMAT", LogFormat.TEXT)
+    if live:
+        os.environ.setdefault("VOICETX_LOG_LEVEL", LogLevel.WARNING)
     given = {"host": host, "port": port}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     api_key_id, secret_key = _make_demo(directory / "secret-key")
-    _run(settings, lambda address: typer.echo(_describe_demo(address, api_key_id, secret_key)))
+    with ExitStack() as company:
+
+        def announce(address: str) -> None:
+            typer.echo(_describe_demo(address, api_key_id, secret_key))
+            if live:
+                company.enter_context(accompany(address, secret_key, settings.timezone))
+
+        _run(settings, announce)
 
 
 def _make_demo(key_file: Path) -> tuple[str, str]:
@@ -129,6 +142,7 @@ def _describe_demo(address: str, api_key_id: str, secret_key: str) -> str:
     return f"""
 voicetx is at {address}
 
+  dashboard       {address}/dashboard
   documentation   {address}/docs
   API key id      {api_key_id}
   secret key      {secret_key}
