@@ -1,6 +1,7 @@
 """The tallies: whatever is done to transactions, they are what a plain count over all rows says."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
@@ -14,7 +15,7 @@ from sqlalchemy import Connection, select
 
 from bodies import encode, make_body, updates_of
 from servers import PostgreSQL
-from voicetx import retention, tallies
+from voicetx import recording, retention, tallies
 from voicetx.contract import parse
 from voicetx.deployments import create_deployment, register_transactions
 from voicetx.merge import is_final
@@ -177,6 +178,34 @@ async def test_two_processes_that_record_the_same_transactions_count_each_once(d
     await check(store)
     counts = await store.read(lambda connection: tallies.read(connection, "unassigned"))
     assert counts[Measure.SENDER, USERS[0].hex] == 40 * len(IDS)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_keys_that_are_erased_under_an_update_are_counted_right(
+    database_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that had read digits before they were erased neither brings them back nor counts them wrongly."""
+
+    async def erase() -> None:
+        other = Store(database_url)
+        await retention.erase(other, NUMBER, settle_seconds=0, advance=lambda _: None)
+        await other.close()
+
+    original = recording.record_changes
+
+    def record_late(*arguments: Any) -> set[str]:
+        monkeypatch.setattr(recording, "record_changes", original)
+        thread = threading.Thread(target=lambda: asyncio.run(erase()))
+        thread.start()
+        thread.join()
+        return original(*arguments)
+
+    await record(store, [make_body("tx-1", dtmf_digits=NUMBER)])
+    monkeypatch.setattr(recording, "record_changes", record_late)
+    await record(store, [make_body("tx-1", message="later", call_endtime="2026-03-01 09:05:00.000")])
+    await check(store)
+    counts = await store.read(lambda connection: tallies.read(connection, "unassigned"))
+    assert counts[Measure.KEY, "1"] == 0
 
 
 async def read_changes(store: Store) -> Sequence[str]:

@@ -587,13 +587,14 @@ _ROW: Mapping[str, str] = {
     "updated_at_ms": "bigint",
     "transaction_id": "text",
     "seen": "integer",
+    "digits_seen": "text",
     "change": "text",
 }
 """What is sent of a transaction, with PostgreSQL's types: the columns that change, then the id, the count of updates
-that was seen, and the line for the tallies."""
+and the digits pressed that were seen, and the line for the tallies."""
 
-_WRITTEN = tuple(_ROW)[:-3]
-_BOUND = tuple(_ROW)[:-1]
+_WRITTEN = tuple(_ROW)[:-4]
+_BOUND = tuple(_ROW)[:-2]
 
 _HISTORY: Mapping[str, str] = {
     "transaction_id": "text",
@@ -620,6 +621,7 @@ def _describe_row(change: Change, now_ms: int) -> dict[str, Any]:
         "updated_at_ms": now_ms,
         "transaction_id": transaction_id,
         "seen": change.seen.updates,
+        "digits_seen": change.seen.fields.get("dtmf_digits"),
         "change": tallies.change(tallies.profile(change.seen.fields), tallies.profile(fields), sent),
     }
 
@@ -667,6 +669,8 @@ _RECORD = (
     f"WITH written AS (UPDATE voice_transaction SET {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"  # noqa: S608
     f" FROM {_unpack('$1', 'new', _ROW)}"
     " WHERE voice_transaction.transaction_id = new.transaction_id AND voice_transaction.updates = new.seen"
+    # Erasing a number changes no count of updates, and where it was typed the tallies.
+    " AND voice_transaction.dtmf_digits IS NOT DISTINCT FROM new.digits_seen"
     " RETURNING voice_transaction.transaction_id, voice_transaction.deployment_id, new.change),"
     f" history AS (INSERT INTO voice_update ({', '.join(_HISTORY)}) SELECT received.*"
     f" FROM {_unpack('$2', 'received', _HISTORY)}"
