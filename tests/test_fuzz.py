@@ -50,7 +50,7 @@ def test_hostile_input_gets_the_contracts_answers(fuzzer: Fuzzer) -> None:
     assert {200, 400, 413, 499, 1001, 1002} <= fuzzer.answers.keys()
 
 
-@schemathesis.serializer("application/x-ndjson")
+@schemathesis.serializer("application/x-ndjson", "text/csv")
 def write_lines(_context: Any, value: Any) -> bytes:
     """Write what is drawn for a body of many updates."""
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")

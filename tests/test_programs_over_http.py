@@ -1,8 +1,10 @@
 """What programs do over HTTP: deployments, their transactions and numbers, receipts, and what API users did."""
 
 import asyncio
+import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,19 +14,26 @@ from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from sqlalchemy import select
 
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
-from test_app import connect, running_app
+from test_app import IDS, connect, running_app, served_app
 from voicetx import auth
 from voicetx.api.receipts import MOST_RECEIPTS
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH, parse
+from voicetx.deployments import register_transactions
+from voicetx.exports import defuse
+from voicetx.listings import list_transactions
 from voicetx.reports import describe_deployment, report_deployment
 from voicetx.schema import voice_transaction
+from voicetx.services import Services
+from voicetx.store import StoreUnavailable
 
 GRANTS = {
     "platform": [Grant.DEPLOYMENTS_WRITE],
@@ -114,8 +123,8 @@ def test_any_id_that_can_be_made_can_be_asked_for(instance: Instance, deployment
 
 def test_a_deployment_is_called_by_its_id_where_it_has_no_name(instance: Instance) -> None:
     """Without a name, or with an empty one, the id stands for it."""
-    for given in ({}, {"name": None}, {"name": " "}):
-        made = instance.ask("POST", "/deployments", json={"deployment": (name := f"run-{uuid4().hex}"), **given})
+    for named in ({}, {"name": None}, {"name": " "}):
+        made = instance.ask("POST", "/deployments", json={"deployment": (name := f"run-{uuid4().hex}"), **named})
         assert made.json()["name"] == name
 
 
@@ -184,7 +193,14 @@ async def test_of_two_that_make_the_same_deployment_one_is_told(database_url: st
                 assert answer.status_code == 201 or list(faults_of(answer)) == ["deployment"]
 
 
-READS = ["/deployments", "/deployments/{}", "/deployments/{}/report", "/users/activity"]
+READS = [
+    "/deployments",
+    "/deployments/{}",
+    "/deployments/{}/report",
+    "/deployments/{}/transactions",
+    "/deployments/{}/missing",
+    "/users/activity",
+]
 
 
 @pytest.mark.parametrize("path", READS)
@@ -214,7 +230,11 @@ def test_the_answer_is_as_documented(instance: Instance, path: str) -> None:
 
 def test_a_method_that_a_path_has_not_is_told_of_those_it_has(instance: Instance) -> None:
     """405 names every method of a path, also where two endpoints share it."""
-    for path, allowed in {"/deployments": "GET, POST", "/deployments/x": "GET", "/receipts": "POST"}.items():
+    for path, allowed in {
+        "/deployments": "GET, POST",
+        "/deployments/x/transactions": "GET, POST",
+        "/receipts": "POST",
+    }.items():
         answer = instance.ask("DELETE", path)
         assert (answer.status_code, answer.json()["code"], answer.headers["allow"]) == (405, 405, allowed)
 
@@ -227,6 +247,10 @@ def test_a_method_that_a_path_has_not_is_told_of_those_it_has(instance: Instance
         ("GET", "/deployments/x", {"platform", "reader", "clerk"}),
         ("GET", "/deployments/x/report", {"reader", "clerk"}),
         ("POST", "/deployments/x/mint", {"platform"}),
+        ("GET", "/deployments/x/transactions", {"reader", "clerk"}),
+        ("POST", "/deployments/x/transactions", {"platform"}),
+        ("GET", "/deployments/x/missing", {"reader", "clerk"}),
+        ("GET", "/deployments/x/export", {"reader", "clerk"}),
         ("POST", "/receipts", {"dialer", "reader", "clerk"}),
         ("GET", "/users/activity", {"reader", "clerk"}),
     ],
@@ -352,3 +376,304 @@ def test_activity_says_what_became_of_calls(instance: Instance) -> None:
     for days in ("0", "367", "-1", "1.5", "x", "", "99999999999999999999"):
         answer = instance.ask("GET", "/users/activity", params={"days": days})
         assert faults_of(answer) == {"days": "must be a whole number of days, 1 to 366, today's among them"}
+
+
+def load(instance: Instance, deployment_id: str, content: Any, content_type: str = "") -> httpx.Response:
+    """Send lines of transaction ids."""
+    headers = {"content-type": content_type} if content_type else {}
+    return instance.ask("POST", f"/deployments/{deployment_id}/transactions", content=content, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "is_csv"),
+    [("text/csv", True), ("", True), ("application/x-www-form-urlencoded", False), ("application/x-ndjson", False)],
+)
+def test_ids_are_loaded_and_loaded_again(instance: Instance, content_type: str, is_csv: bool) -> None:
+    """Thousands of lines are registered, in either form, in whatever chunks they come, twice as well as once."""
+    deployment_id, _ = instance.make()
+    ids = [f"{deployment_id}-{number}" for number in range(3000)]
+    if is_csv:
+        text = "\ufeffphone,transaction-id\r\n" + "".join(f'"+1,\r\n\r\n""2""",{name}\r\n' for name in ids)
+    else:
+        text = "\n".join(json.dumps({"transaction-id": name, "phone": "+1"}) for name in ids)
+    body = text.encode()
+    for content in (body, (body[start : start + 777] for start in range(0, len(body), 777))):
+        answer = load(instance, deployment_id, content, content_type)
+        assert answer.json() == {"deployment": deployment_id, "loaded": 3000, "faulty": 0, "faults": []}
+    assert instance.get(f"/deployments/{deployment_id}")["transactions"] == 3000
+
+
+def test_bad_lines_are_named_and_the_rest_is_loaded(instance: Instance) -> None:
+    """Each bad line is named by its number, the first hundred of them; the others are loaded."""
+    deployment_id, _ = instance.make()
+    _, (theirs,) = instance.make(1)
+    good = ["a", "b", "c"]
+    lines = ["{", "", *(json.dumps({"transaction-id": f"{deployment_id}-{name}"}) for name in good), "[]"]
+    lines += [json.dumps({"transaction-id": theirs}), '{"transaction-id":"two words"}', "x" * 70_000, *["?"] * 500]
+    answer = load(instance, deployment_id, "\n".join(lines), "application/x-ndjson").json()
+    assert (answer["loaded"], answer["faulty"], len(answer["faults"])) == (3, 505, 100)
+    assert answer["faults"][:6] == [
+        {"line": 1, "reason": "not JSON"},
+        {"line": 6, "reason": 'not an object with a text "transaction-id"'},
+        {"line": 7, "reason": "belongs to another deployment"},
+        {"line": 8, "reason": "transaction-id must be 1 to 128 visible ASCII characters"},
+        {"line": 9, "reason": "longer than 65536 bytes"},
+        {"line": 10, "reason": "not JSON"},
+    ]
+    lines = ["phone,transaction-id", '"1', '2",a', "3", '"4"x,b', "5,c d", f"6,{deployment_id}-d", '"7']
+    answer = load(instance, deployment_id, "\n".join(lines).replace(",a", f",{deployment_id}-e")).json()
+    assert (answer["loaded"], [fault["line"] for fault in answer["faults"]]) == (2, [4, 5, 6, 8])
+
+
+def test_what_names_no_ids_is_refused(instance: Instance) -> None:
+    """A CSV without the column, a deployment that is none, and more lines than are taken are refused."""
+    deployment_id, _ = instance.make()
+    for content in ("phone,id\n1,2\n", "", '"', "\n\n"):
+        answer = load(instance, deployment_id, content, "text/csv")
+        assert (answer.status_code, list(faults_of(answer))) == (499, ["transaction-id"]), content
+    assert load(instance, deployment_id, b"", "application/x-ndjson").json()["loaded"] == 0
+    assert load(instance, "nowhere", b"{}").json()["code"] == 404
+    assert load(instance, deployment_id, b"{}\n" * 100_001).json()["code"] == 413
+
+
+def fill(instance: Instance) -> tuple[str, list[str]]:
+    """Make a deployment of which some transactions are reported, one of them contradictory and one under way."""
+    deployment_id, ids = instance.make(7)
+    instance.report(
+        make_body(ids[0], a_party="+1 555 0100", dtmf_digits="12#", message='said "no", twice\r\nand left'),
+        make_body(ids[1], drop_code="1002"),
+        make_body(ids[2], call_state="3", drop_code="2020"),
+        make_body(ids[4], call_state="2", drop_code="2002", voice_tag="=1+1"),
+    )
+    return deployment_id, ids
+
+
+def pages_of(instance: Instance, path: str, **parameters: Any) -> list[dict[str, Any]]:
+    """Return all pages of a list together."""
+    rows: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    while True:
+        page = instance.get(path, params={**parameters, **after})
+        rows += page["transactions"]
+        if page["next"] is None:
+            return rows
+        after = {"after": page["next"]}
+
+
+def test_lists_are_filtered_and_walked_in_pages(instance: Instance) -> None:
+    """Whatever is asked for, pages of any length hold it once, in the order of the ids."""
+    deployment_id, ids = fill(instance)
+    path = f"/deployments/{deployment_id}/transactions"
+    before = instance.get(path, params={"limit": 1})["transactions"][0]["registered_at"]
+    for wanted, places in [
+        ({}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"call-state": "5"}, [0, 1]),
+        ({"drop-code": "2002"}, [4]),
+        ({"reported": "false"}, [3, 5, 6]),
+        ({"reported": "true"}, [0, 1, 2, 4]),
+        ({"finished": "false"}, [2, 3, 5, 6]),
+        ({"finished": "true", "inconsistent": "false"}, [0, 4]),
+        ({"inconsistent": "true"}, [1]),
+        ({"updated-since": before}, [0, 1, 2, 4]),
+        ({"updated-since": "2100-01-01T00:00:00+05:30"}, []),
+    ]:
+        for limit in (2, 100):
+            rows = pages_of(instance, path, limit=limit, **wanted)
+            assert [row["transaction-id"] for row in rows] == [ids[place] for place in places]
+    missing = pages_of(instance, f"/deployments/{deployment_id}/missing", limit=3)
+    assert [row["transaction-id"] for row in missing] == [ids[place] for place in (2, 3, 5, 6)]
+    assert pages_of(instance, f"/deployments/{deployment_id}/missing", **{"older-than-minutes": 5}) == []
+
+
+def test_a_row_says_what_is_known_of_a_transaction(instance: Instance) -> None:
+    """A row has the fields by their wire names and what is known of them; without the grant it is masked."""
+    deployment_id, _ = fill(instance)
+    path = f"/deployments/{deployment_id}/transactions"
+    shown = instance.get(path, "clerk", params={"limit": 1})["transactions"][0]
+    times = {name: shown.pop(name) for name in ("registered_at", "updated_at")}
+    assert all(datetime.fromisoformat(text).utcoffset() is not None for text in times.values())
+    expected = make_body(f"{deployment_id}-000", a_party="+1 555 0100", dtmf_digits="12#")
+    expected |= {"message": 'said "no", twice\r\nand left', "inconsistent": False, "finished": True, "updates": 1}
+    assert shown == expected
+    masked = instance.get(path, "reader", params={"limit": 1})["transactions"][0]
+    assert masked == expected | times | {"a-party": "+* *** **00", "dtmf-digits": "***"}
+    silent = instance.get(path, params={"reported": "false", "limit": 1})["transactions"][0]
+    assert silent.pop("registered_at")
+    assert silent == {
+        "transaction-id": f"{deployment_id}-003",
+        "inconsistent": False,
+        "finished": False,
+        "updates": 0,
+        "updated_at": None,
+    }
+
+
+BAD_PARAMETERS = {
+    "call-state": ["7", "", "05"],
+    "drop-code": ["1", "2005 "],
+    "reported": ["yes", "True", "1", ""],
+    "finished": ["x"],
+    "inconsistent": ["x"],
+    "updated-since": [
+        "2026-01-31",
+        "2026-01-31T08:00:00",
+        "2026-02-30T08:00:00Z",
+        "1700000000",
+        "2026-01-31T08:00:00+1",
+    ],
+    "after": ["", "two words", "caf\u00e9", "nul\0", "x" * 129],
+    "limit": ["0", "1001", "-1", "1e2", "1_0", " 1"],
+    "older-than-minutes": ["-1", "x", "10000001"],
+    "format": ["xml", "CSV"],
+    "call_state": ["5"],
+}
+
+
+@pytest.mark.parametrize("path", ["transactions", "missing", "export"])
+def test_parameters_that_break_a_rule_are_named(instance: Instance, path: str) -> None:
+    """A parameter that breaks its rule, or is not known, is refused by its name and with the rule of the document."""
+    deployment_id, _ = instance.make()
+    document = instance.client.get("/openapi.json").json()
+    operation = document["paths"][f"/api/v1/deployments/{{deployment_id}}/{path}"]["get"]
+    rules = {parameter["name"]: parameter["description"] for parameter in operation["parameters"]}
+    for name, values in BAD_PARAMETERS.items():
+        for value in values:
+            answer = instance.ask("GET", f"/deployments/{deployment_id}/{path}", params={name: value})
+            reason = f"must be {rules[name]}" if name in rules else "is not known"
+            assert (answer.status_code, faults_of(answer)) == (499, {name: reason}), value
+    answer = instance.ask("GET", f"/deployments/nowhere/{path}")
+    assert (answer.status_code, answer.json()["code"]) == (404, 404)
+
+
+def undo(row: dict[str, str]) -> dict[str, str]:
+    """Return a row of a CSV as docs say that a program reads it."""
+    return {name: value.removeprefix("'") for name, value in row.items() if value}
+
+
+@pytest.mark.parametrize(("asked", "accept"), [("csv", ""), (None, "text/csv"), ("ndjson", "text/csv"), (None, "*/*")])
+def test_an_export_holds_what_the_list_holds(instance: Instance, asked: str | None, accept: str) -> None:
+    """In CSV and in NDJSON an export has a list's rows, masked or not, filtered or not."""
+    deployment_id, _ = fill(instance)
+    for user in ("clerk", "reader"):
+        for wanted in ({}, {"reported": "true"}, {"drop-code": "1001"}):
+            parameters = wanted | ({"format": asked} if asked else {})
+            answer = instance.ask(
+                "GET", f"/deployments/{deployment_id}/export", user, params=parameters, headers={"accept": accept}
+            )
+            assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+            is_csv = "csv" in (asked or accept)
+            assert answer.headers["content-type"].startswith("text/csv" if is_csv else "application/x-ndjson")
+            assert f'filename="transactions-{deployment_id}.' in answer.headers["content-disposition"]
+            listed = instance.get(f"/deployments/{deployment_id}/transactions", user, params=wanted)["transactions"]
+            if not is_csv:
+                assert [json.loads(line) for line in answer.text.splitlines()] == listed
+                continue
+            assert answer.text.startswith("transaction-id,call-starttime,")
+            rows = list(csv.DictReader(io.StringIO(answer.text, newline="")))
+            assert list(map(undo, rows)) == [
+                {name: str(value).lower() if isinstance(value, bool) else str(value)
+                 for name, value in row.items() if value is not None}
+                for row in listed
+            ]  # fmt: skip
+            for row in rows:
+                assert not [value for value in row.values() if value.startswith(("=", "+", "-", "@"))]
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=8) | st.text("=+-@\t\r\n' \uff1da1", max_size=8))
+def test_a_cell_is_no_formula_and_can_be_read_back(value: str) -> None:
+    """No cell begins as a formula does, and one apostrophe less is the value as it was."""
+    cell = defuse(value)
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20"))
+    assert cell.removeprefix("'") == value
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_an_export_goes_page_by_page_and_breaks_visibly(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each page is a read of its own; with the store or the grant gone in between the connection is cut."""
+    monkeypatch.setattr("voicetx.api.listings._ROWS_A_PAGE", 3)
+    async with served_app(database_url, credential_cache_seconds=0) as (app, base_url, _):
+        services: Services = app.state.services
+        user, key = await services.store.write(lambda c: auth.add_user(c, "reader", [Grant.TRANSACTIONS_READ]))
+        reads = 0
+        action: Callable[[], Awaitable[None]] | None = None
+        read = services.store.read
+
+        async def count_reads(work: Any) -> Any:
+            nonlocal reads
+            if getattr(work, "func", None) is list_transactions:
+                reads += 1
+                if reads == 3 and action is not None:
+                    await action()
+            return await read(work)
+
+        object.__setattr__(services.store, "read", count_reads)
+
+        async def export() -> list[str]:
+            async with (
+                httpx.AsyncClient(base_url=base_url) as client,
+                client.stream(
+                    "GET", "/api/v1/deployments/campaign/export", headers={"authorization": f"Bearer {key}"}
+                ) as answer,
+            ):
+                assert answer.status_code == 200
+                return [json.loads(line)["transaction-id"] async for line in answer.aiter_lines()]
+
+        assert (await export(), reads) == (IDS, 4)
+
+        async def lose_the_store() -> None:
+            raise StoreUnavailable("gone")
+
+        async def lose_the_grant() -> None:
+            await services.store.write(lambda c: auth.set_grants(c, user, []))
+
+        for loss, reads_by_then in ((lose_the_store, 3), (lose_the_grant, 3)):
+            action, reads = loss, 0
+            with pytest.raises(httpx.RemoteProtocolError):
+                await export()
+            assert reads == reads_by_then
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_who_hangs_up_or_reads_nothing_holds_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that nobody takes stops between two pages, with no connection of the database in its hands."""
+    monkeypatch.setattr("voicetx.api.listings._ROWS_A_PAGE", 10)
+    async with served_app(database_url, database_pool_size=1) as (app, base_url, _):
+        services: Services = app.state.services
+        _, key = await services.store.write(lambda c: auth.add_user(c, "reader", [Grant.TRANSACTIONS_READ]))
+        ids = [f"{number:x>120}" for number in range(30_000)]
+        await services.store.write(lambda c: register_transactions(c, "campaign", ids))
+        reads = 0
+        read = services.store.read
+
+        async def count_reads(work: Any) -> Any:
+            nonlocal reads
+            reads += getattr(work, "func", None) is list_transactions
+            return await read(work)
+
+        object.__setattr__(services.store, "read", count_reads)
+        port = int(base_url.rsplit(":", 1)[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(
+            b"GET /api/v1/deployments/campaign/export HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\n\r\n"
+            % key.encode()
+        )
+        await reader.readexactly(1000)
+        seen = -1
+        while reads != seen:  # until the connection is full
+            seen = reads
+            await asyncio.sleep(0.2)
+        assert 1 < reads < 3000
+        async with httpx.AsyncClient(base_url=base_url) as client:  # with the one connection of the pool
+            answer = await client.get("/api/v1/deployments/campaign", headers={"authorization": f"Bearer {key}"})
+        assert answer.json()["transactions"] == 30_010
+        seen = reads
+        writer.transport.abort()
+        before = len(asyncio.all_tasks())
+        while len(asyncio.all_tasks()) >= before:
+            await asyncio.sleep(0.01)
+        assert reads <= seen + 1

@@ -18,7 +18,7 @@ from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from voicetx.api import bulk, deployments, operations, receipts, tokens, transactions, updates, users
+from voicetx.api import bulk, deployments, listings, operations, receipts, tokens, transactions, updates, users
 from voicetx.api.answers import (
     ClientGone,
     answer_error,
@@ -37,6 +37,8 @@ from voicetx.logs import configure_logging
 from voicetx.services import Services
 from voicetx.settings import Settings
 from voicetx.store import StoreUnavailable
+
+_HANDLED = (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException)
 
 _log = structlog.get_logger(__name__)
 
@@ -63,9 +65,9 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=run_services,
         redirect_slashes=False,
     )
-    for module in (updates, bulk, receipts, deployments, transactions, users, tokens, operations):
+    for module in (updates, bulk, receipts, deployments, listings, transactions, users, tokens, operations):
         app.include_router(module.router)
-    for kind in (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException):
+    for kind in _HANDLED:
         app.add_exception_handler(kind, _answer_exception)
     app.add_middleware(RawPath)
     app.add_middleware(PageGuard)
@@ -138,13 +140,21 @@ class RequestLine:
         except ClientGone:
             pass
         except Exception as error:
-            answer = answer_error(error)
-            if status is not None:
+            is_begun = status is not None
+            # What has a handler comes wrapped where it comes too late for it.
+            answer = answer_error(error.__cause__ if is_begun and isinstance(error.__cause__, _HANDLED) else error)
+            _, user = scope.get("state", {}).get("voicetx.log", (None, None))
+            note_for_log(scope, code=answer.code, user=user)
+            if is_begun:
+                _log_answer(scope, request_id, started, status)
                 raise  # half an answer is out already: only closing the connection says that it is broken
             status = answer.status
-            note_for_log(scope, code=answer.code)
             await send_answer(send, answer, request_id)
-        code, user = scope.get("state", {}).get("voicetx.log", (status, None))
-        # The path as it was declared: what a client put in it may be personal.
-        path = getattr(scope.get("route"), "path", "unknown")
-        log_request(scope, request_id, started, path=path, code=code, user=user)
+        _log_answer(scope, request_id, started, status)
+
+
+def _log_answer(scope: Scope, request_id: bytes, started: float, status: int | None) -> None:
+    code, user = scope.get("state", {}).get("voicetx.log", (status, None))
+    # The path as it was declared: what a client put in it may be personal.
+    path = getattr(scope.get("route"), "path", "unknown")
+    log_request(scope, request_id, started, path=path, code=code, user=user)

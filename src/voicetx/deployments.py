@@ -23,6 +23,9 @@ from voicetx.tallies import Sent
 
 _TRANSACTION_ID = TypeAdapter(TransactionId)
 _FIELD = "transaction-id"
+_NO_HEADER = f"The file's first line must be a header that names {_FIELD}."
+_MOST_LINES_OF_A_ROW = 100  # each of which may have the row read anew
+_LONGEST_ROW = 131_072  # characters, as Python's csv has it for a field
 
 
 class DeploymentError(Exception):
@@ -154,17 +157,103 @@ def mint_transactions(connection: Connection, deployment_id: str, count: int) ->
     return ids
 
 
+def guess_format(first_line: str) -> FileFormat:
+    """Return which format a file has, by its first line."""
+    return FileFormat.NDJSON if first_line.lstrip("\ufeff \t\r\n").startswith("{") else FileFormat.CSV
+
+
 def read_lines(lines: Iterable[str], file_format: FileFormat) -> Iterator[Line]:
     """Read the transaction ids of a file, line by line; numbers count from 1, a CSV's header among them.
 
     Raises `DeploymentError` for a CSV whose header does not name `transaction-id`.
     """
-    if file_format is FileFormat.CSV:
-        yield from _read_csv(lines)
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _read_json_line(number, line)
+    reader = LineReader(file_format)
+    for number, text in enumerate(lines, start=1):
+        if (line := reader.read(number, text)) is not None:
+            yield line
+    if (line := reader.end()) is not None:
+        yield line
+
+
+class LineReader:
+    """Reads the transaction ids of a file from its lines, as they come in.
+
+    A row of a CSV may go over several lines, in quotes: it is read, and numbered, with the last of them.
+    """
+
+    def __init__(self, file_format: FileFormat) -> None:
+        self._format = file_format
+        self._place: int | None = None  # of the id in a CSV's rows, once its header is read
+        self._row: list[str] = []  # lines of a row that has not ended
+        self._row_length = 0
+        self._number = 0
+
+    def read(self, number: int, text: str) -> Line | None:
+        """Return what a line, its end included, comes to; None for one that is blank, or not the end of its row.
+
+        Raises `DeploymentError` for a CSV's header that does not name `transaction-id`.
+        """
+        self._number = number
+        if self._format is FileFormat.NDJSON:
+            return _read_json_line(number, text) if text.strip() else None
+        self._row.append(text)
+        self._row_length += len(text)
+        if len(self._row) > 1 and '"' not in text and not self._is_too_long:
+            return None  # in quotes, and no end of them
+        try:
+            row = None if self._is_too_long else next(csv.reader(_offer(self._row), strict=True))
+        except _RowGoesOnError:
+            return None
+        except csv.Error as error:
+            return self._refuse(f"not CSV: {error}")
+        if row is None:
+            return self._refuse("not CSV: a row in quotes does not end")
+        self._drop_row()
+        return self._read_row(row)
+
+    def end(self) -> Line | None:
+        """Return what is wrong with the end of the file; raises as `read` for a file that is empty."""
+        if self._row:
+            return self._refuse("not CSV: unexpected end of data")
+        if self._format is FileFormat.CSV and self._place is None:
+            raise DeploymentError(_NO_HEADER)
+        return None
+
+    @property
+    def _is_too_long(self) -> bool:
+        return len(self._row) > _MOST_LINES_OF_A_ROW or self._row_length > _LONGEST_ROW
+
+    def _read_row(self, row: list[str]) -> Line | None:
+        if self._place is None:
+            header = [name.strip() for name in row]
+            if _FIELD not in header:
+                raise DeploymentError(_NO_HEADER)
+            self._place = header.index(_FIELD)
+            return None
+        if not row:
+            return None
+        if self._place >= len(row):
+            return Line(self._number, None, f"no {_FIELD}")
+        return _judge(self._number, row[self._place])
+
+    def _refuse(self, fault: str) -> Line:
+        self._drop_row()
+        if self._place is None:
+            raise DeploymentError(f"The file's first line is {fault}.")
+        return Line(self._number, None, fault)
+
+    def _drop_row(self) -> None:
+        self._row.clear()
+        self._row_length = 0
+
+
+class _RowGoesOnError(Exception):
+    """A row of a CSV does not end with the lines that are there."""
+
+
+def _offer(lines: Iterable[str]) -> Iterator[str]:
+    yield from lines
+    raise _RowGoesOnError
 
 
 def _read_json_line(number: int, line: str) -> Line:
@@ -175,28 +264,6 @@ def _read_json_line(number: int, line: str) -> Line:
     if not isinstance(row, dict) or not isinstance(row.get(_FIELD), str):
         return Line(number, None, f'not an object with a text "{_FIELD}"')
     return _judge(number, row[_FIELD])
-
-
-def _read_csv(lines: Iterable[str]) -> Iterator[Line]:
-    rows = csv.reader(lines, strict=True)
-    try:
-        header = [name.strip() for name in next(rows, [])]
-        if _FIELD not in header:
-            raise DeploymentError(f"The file's first line must be a header that names {_FIELD}.")
-        place = header.index(_FIELD)
-    except csv.Error as error:
-        raise DeploymentError(f"The file's first line is not CSV: {error}.") from error
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            yield Line(rows.line_num, None, f"not CSV: {error}")
-            continue
-        if row is None:
-            return
-        if row:
-            fault = None if place < len(row) else f"no {_FIELD}"
-            yield _judge(rows.line_num, row[place]) if fault is None else Line(rows.line_num, None, fault)
 
 
 def _judge(number: int, text: str) -> Line:

@@ -4,6 +4,9 @@ How a deployment is made is `voicetx.deployments`, what its numbers are `voicetx
 like over HTTP. Its transactions themselves: `voicetx.api.listings`.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
@@ -13,7 +16,9 @@ from pydantic import AfterValidator, Field
 from sqlalchemy import Connection
 
 from voicetx.api.answers import Answer
+from voicetx.api.bodies import read_chunks, split_lines
 from voicetx.api.endpoints import (
+    DEPLOYMENT_PATH,
     DEPLOYMENTS_PATH,
     Asked,
     Call,
@@ -22,14 +27,17 @@ from voicetx.api.endpoints import (
     for_users,
     read_object,
     read_query,
+    take_place,
 )
 from voicetx.api.openapi_programs import (
+    LOAD_REQUEST,
     ShownDeployment,
     ShownDeployments,
     ShownReport,
     describe_body,
     describe_created,
     describe_found,
+    describe_loaded,
     describe_minted,
     describe_query,
 )
@@ -39,10 +47,15 @@ from voicetx.deployments import (
     Deployment,
     DeploymentError,
     DeploymentTaken,
+    FileFormat,
+    Line,
+    LineReader,
     create_deployment,
+    guess_format,
     is_name,
     list_deployments,
     mint_transactions,
+    register_transactions,
 )
 from voicetx.errors import Fault, Refusal, Rejected
 from voicetx.reports import describe_deployment, format_time, report_deployment
@@ -51,7 +64,9 @@ from voicetx.store import ValueRefused
 
 router = APIRouter(tags=["Deployments"])
 
-_PATH = DEPLOYMENTS_PATH + "/{deployment_id}"
+_LINES_AT_ONCE = 1_000  # in a database transaction: updates wait for no more
+_MOST_FAULTS = 100
+_NDJSON_TYPES = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "application/json"})
 
 
 def _check_name(text: str) -> str:
@@ -131,7 +146,7 @@ async def list_all(call: Call) -> Answer:
 
 
 @router.get(
-    _PATH,
+    DEPLOYMENT_PATH,
     operation_id="show_deployment",
     summary="How far is a deployment?",
     responses=describe_found(ShownDeployment, of_a_deployment=True),
@@ -146,7 +161,7 @@ async def show(call: Call) -> Answer:
 
 
 @router.get(
-    f"{_PATH}/report",
+    f"{DEPLOYMENT_PATH}/report",
     operation_id="report_deployment",
     summary="What became of a deployment?",
     responses=describe_found(ShownReport, of_a_deployment=True),
@@ -168,7 +183,7 @@ async def report(call: Call) -> Answer:
 
 
 @router.post(
-    f"{_PATH}/mint",
+    f"{DEPLOYMENT_PATH}/mint",
     operation_id="mint_transactions",
     summary="Register transactions with new ids",
     responses=describe_minted(),
@@ -184,6 +199,118 @@ async def mint(call: Call) -> Answer:
     except DeploymentError:
         raise Rejected(Refusal.NOT_FOUND) from None
     return answer_lines(b"".join(b'{"transaction-id":"%b"}\n' % name.encode() for name in ids))
+
+
+@router.post(
+    f"{DEPLOYMENT_PATH}/transactions",
+    operation_id="load_transactions",
+    summary="Register transactions",
+    responses=describe_loaded(),
+    openapi_extra=LOAD_REQUEST,
+)
+@for_users(Grant.DEPLOYMENTS_WRITE)
+async def load(call: Call) -> Answer:
+    """Register the transactions that lines name: NDJSON with a transaction-id in each, or CSV whose header names it.
+
+    Which of them it is, the content-type says, or else the first line. Bad lines are named, at most 100 of them, and
+    the rest is loaded; an id that another deployment has stays there. May be repeated, also after an answer that says
+    that the body is too large or the store away: what was loaded by then stays.
+    """
+    deployment_id = call.deployment_id
+    await find_deployment(call, deployment_id)
+    with take_place(call):
+        loaded = await _load(call, deployment_id)
+    return await answer_json(
+        lambda: {
+            "deployment": deployment_id,
+            "loaded": loaded.count,
+            "faulty": loaded.faulty,
+            "faults": [{"line": line.number, "reason": line.fault} for line in loaded.faults],
+        }
+    )
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """What became of the lines so far; `faults` are the first of those at fault."""
+
+    count: int = 0
+    faulty: int = 0
+    faults: list[Line] = field(default_factory=list)
+
+    def refuse(self, lines: Iterable[Line]) -> None:
+        for line in sorted(lines, key=lambda line: line.number):
+            self.faulty += 1
+            if len(self.faults) < _MOST_FAULTS:
+                self.faults.append(line)
+
+
+async def _load(call: Call, deployment_id: str) -> _Loaded:
+    settings = call.services.settings
+    chunks = read_chunks(
+        call.request.scope,
+        call.request.receive,
+        limit_bytes=settings.bulk_limit_bytes,
+        timeout_seconds=settings.body_timeout_seconds,
+    )
+    reader: LineReader | None = None
+    loaded = _Loaded()
+    waiting: dict[str, int] = {}
+    bad: list[Line] = []
+    async for raw in split_lines(chunks, settings.body_limit_bytes):
+        if raw.number > settings.bulk_limit_lines:
+            raise Rejected(Refusal.BODY_TOO_LARGE)
+        if raw.text is None:
+            bad.append(Line(raw.number, None, f"longer than {settings.body_limit_bytes} bytes"))
+            continue
+        text = raw.text.decode("utf-8-sig" if reader is None else "utf-8", errors="replace")
+        reader = reader or LineReader(_choose_format(call, text))
+        with _refusing_no_header():
+            line = reader.read(raw.number, text + "\n")
+        if line is not None and line.transaction_id is not None:
+            waiting[line.transaction_id] = line.number
+        elif line is not None:
+            bad.append(line)
+        if len(waiting) + len(bad) >= _LINES_AT_ONCE:
+            await _register(call, deployment_id, waiting, bad, loaded)
+    reader = reader or LineReader(_choose_format(call, ""))
+    with _refusing_no_header():
+        line = reader.end()
+    await _register(call, deployment_id, waiting, [*bad, *([line] if line is not None else ())], loaded)
+    return loaded
+
+
+@contextmanager
+def _refusing_no_header() -> Iterator[None]:
+    try:
+        yield
+    except DeploymentError:
+        reason = "must be named by the first line, the header of the CSV"
+        raise Rejected(Refusal.BAD_VALUE, [Fault("transaction-id", reason)]) from None
+
+
+async def _register(call: Call, deployment_id: str, waiting: dict[str, int], bad: list[Line], loaded: _Loaded) -> None:
+    """Register what waits, all of it in one transaction, and note what became of it."""
+    others: set[str] = set()
+    if waiting:
+        work = partial(register_transactions, deployment_id=deployment_id, ids=list(waiting))
+        try:
+            others = await call.services.store.write_beside(work)
+        except DeploymentError:
+            raise Rejected(Refusal.NOT_FOUND) from None
+    loaded.count += len(waiting) - len(others)
+    loaded.refuse([*bad, *(Line(waiting[other], other, "belongs to another deployment") for other in others)])
+    waiting.clear()
+    bad.clear()
+
+
+def _choose_format(call: Call, first_line: str) -> FileFormat:
+    media_type = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "text/csv":
+        return FileFormat.CSV
+    if media_type in _NDJSON_TYPES:
+        return FileFormat.NDJSON
+    return guess_format(first_line)
 
 
 async def find_deployment(call: Call, deployment_id: str) -> Deployment:

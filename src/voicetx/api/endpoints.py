@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
@@ -30,6 +30,7 @@ from voicetx.errors import Fault, Refusal, Rejected
 from voicetx.services import Services
 
 DEPLOYMENTS_PATH = "/api/v1/deployments"
+DEPLOYMENT_PATH = DEPLOYMENTS_PATH + "/{deployment_id}"
 
 _BULKS_AT_ONCE = 4  # of an API user in a process
 _NO_STORE = (b"cache-control", b"no-store")
@@ -103,6 +104,13 @@ def for_users(*grants: Grant, is_throttled: bool = True) -> Callable[[AnswerCall
     return make
 
 
+async def sign_in_again(call: Call, grant: Grant) -> Call:
+    """Return the call with its user as it is now; raises `Rejected` where it is no longer let in."""
+    user = await sign_in(call.services, call.request.scope)
+    require_grant(user, grant)
+    return replace(call, user=user)
+
+
 @contextmanager
 def take_place(call: Call) -> Iterator[None]:
     """Raise `Rejected` (429) where a user has as many requests of many lines under way as it may."""
@@ -169,9 +177,11 @@ def read_query(call: Call, model: type[Model]) -> Model:
     return _validate(model, dict(pairs), strict=False)
 
 
-def read_number(text: Any) -> Any:
-    """Return the number that a query's digits are; None, which its rule refuses, for anything else."""
-    return int(text) if isinstance(text, str) and _DIGITS.fullmatch(text) else None
+def read_number(text: str) -> int:
+    """Return the whole number that a query's text is; raises ValueError, which its rule answers, for another text."""
+    if _DIGITS.fullmatch(text) is None:
+        raise ValueError("not a number")
+    return int(text)
 
 
 def _validate(model: type[Model], given: Mapping[str, Any], *, strict: bool) -> Model:

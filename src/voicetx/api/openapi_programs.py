@@ -6,7 +6,7 @@ while a request is answered.
 
 from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from voicetx.api.endpoints import Asked
 from voicetx.api.openapi import describe_answers
@@ -41,6 +41,7 @@ _DEPLOYMENT_ID = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 128},
     "example": "demo",
 }
+_NOT_OF_A_SCHEMA = frozenset({"title", "description", "examples", "default"})
 _TRANSACTION_ID = TypeAdapter(TransactionId).json_schema()
 
 
@@ -145,6 +146,44 @@ class ShownReport(BaseModel):
     senders: list[SenderCount]
 
 
+class ListedTransaction(BaseModel):
+    """A transaction in a list; beside these names stand the contract's fields that were given."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"additionalProperties": {"type": "string", "description": "a field by its wire name"}}
+    )
+
+    transaction_id: str = Field(alias="transaction-id", examples=["demo-001"])
+    inconsistent: bool = Field(description="whether call-state and drop-code contradict each other")
+    finished: bool = Field(description="whether what was reported says how the call ended")
+    updates: int = Field(description="how many different updates were recorded")
+    registered_at: str = Field(description="RFC 3339, UTC", examples=["2026-01-31T08:00:00.000Z"])
+    updated_at: str | None = Field(description="when the last of its updates was recorded")
+
+
+class ShownTransactions(BaseModel):
+    """A page of a list."""
+
+    transactions: list[ListedTransaction]
+    next: str | None = Field(description="where the list goes on: the next page's after; null at its end")
+
+
+class LineFault(BaseModel):
+    """What is wrong with a line."""
+
+    line: int = Field(description="its number, from 1", examples=[3])
+    reason: str = Field(examples=["not JSON"])
+
+
+class Loaded(BaseModel):
+    """What became of the lines."""
+
+    deployment: str = Field(examples=["spring-2026"])
+    loaded: int = Field(description="how many lines named a transaction that is registered with it now")
+    faulty: int = Field(description="how many lines were not loaded")
+    faults: list[LineFault] = Field(description="the first 100 of those")
+
+
 class ShownReceipt(BaseModel):
     """What is on disk of a transaction."""
 
@@ -200,10 +239,52 @@ def describe_minted() -> dict[int | str, Any]:
     return responses
 
 
+def describe_loaded() -> dict[int | str, Any]:
+    """Return OpenAPI's `responses` of the endpoint that registers the transactions of a file."""
+    return describe_found(Loaded, Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, of_a_deployment=True)
+
+
+def describe_export() -> dict[int | str, Any]:
+    """Return OpenAPI's `responses` of the endpoint that streams a deployment's transactions."""
+    responses = _describe_refusals(of_a_deployment=True)
+    responses[200] = {
+        "description": "the transactions, one on each line: a list's objects in NDJSON, or CSV with a header",
+        "content": {
+            "application/x-ndjson": {
+                "example": '{"transaction-id":"demo-001","call-state":"5","drop-code":"2005","inconsistent":false,'
+                '"finished":true,"updates":1,"registered_at":"2026-01-31T08:00:00.000Z",'
+                '"updated_at":"2026-01-31T08:02:00.123Z"}\n'
+            },
+            "text/csv": {"example": "transaction-id,call-state,b-party\r\ndemo-001,5,'+15550199\r\n"},
+        },
+    }
+    return responses
+
+
 def describe_receipts() -> dict[int | str, Any]:
     """Return OpenAPI's `responses` of the endpoint for receipts."""
     bodies = (Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, Refusal.INVALID_JSON)
     return describe_found(ShownReceipts, *bodies)
+
+
+LOAD_REQUEST: dict[str, Any] = {
+    "security": [{"bearer": []}],
+    "parameters": [_DEPLOYMENT_ID],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/x-ndjson": {
+                "schema": {"type": "string", "description": "an object with a transaction-id on each line"},
+                "example": '{"transaction-id":"spring-1"}\n{"transaction-id":"spring-2"}\n',
+            },
+            "text/csv": {
+                "schema": {"type": "string", "description": "a header that names transaction-id, and rows"},
+                "example": "transaction-id,phone\r\nspring-1,+15550199\r\n",
+            },
+        },
+    },
+}
+"""The part of the operation of loading that FastAPI cannot know."""
 
 
 RECEIPTS_REQUEST: dict[str, Any] = {
@@ -244,16 +325,7 @@ RECEIPTS_REQUEST: dict[str, Any] = {
 def describe_query(model: type[Asked], *, of_a_deployment: bool = False) -> dict[str, Any]:
     """Return the part of an operation that FastAPI cannot know: how to sign in, and the parameters."""
     properties = model.model_json_schema()["properties"] if model.model_fields else {}
-    parameters = [
-        {
-            "name": name,
-            "in": "query",
-            "required": False,
-            "description": schema.pop("description"),
-            **_with_schema(schema),
-        }
-        for name, schema in properties.items()
-    ]
+    parameters = [_describe_parameter(name, shown) for name, shown in properties.items()]
     return {
         "security": [{"bearer": []}],
         "parameters": [*([_DEPLOYMENT_ID] if of_a_deployment else ()), *parameters],
@@ -271,14 +343,12 @@ def describe_body(model: type[Asked], *, of_a_deployment: bool = False) -> dict[
     }
 
 
-def _with_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    schema.pop("title", None)
-    examples = schema.pop("examples", None)
-    schema.pop("default", None)
+def _describe_parameter(name: str, shown: dict[str, Any]) -> dict[str, Any]:
     # Whoever leaves it out leaves it out: there is no null in a query.
-    kinds = [kind for kind in schema.pop("anyOf", ()) if kind.get("type") != "null"]
-    shown: dict[str, Any] = {"schema": {**schema, **(kinds[0] if kinds else {})}}
-    return shown | ({"example": examples[0]} if examples else {})
+    kind = next((kind for kind in shown.get("anyOf", ()) if kind.get("type") != "null"), shown)
+    schema = {key: value for key, value in kind.items() if key not in _NOT_OF_A_SCHEMA}
+    parameter = {"name": name, "in": "query", "required": False, "description": shown["description"], "schema": schema}
+    return parameter | ({"example": shown["examples"][0]} if "examples" in shown else {})
 
 
 def _describe_refusals(*others: Refusal, of_a_deployment: bool) -> dict[int | str, Any]:

@@ -21,8 +21,8 @@ class ActivityQuery(Asked):
 
     days: Annotated[
         int,
-        BeforeValidator(read_number),
         Field(ge=1, le=366, description="a whole number of days, 1 to 366, today's among them", examples=[7]),
+        BeforeValidator(read_number),
     ] = 7
 
 

@@ -120,7 +120,7 @@ def _read(source: TextIO, file: str, file_format: FileFormat | None) -> Iterator
             file_format = FileFormat.NDJSON
         else:
             first = next(source, "")
-            file_format = FileFormat.NDJSON if first.lstrip("\ufeff \t\r\n").startswith("{") else FileFormat.CSV
+            file_format = deployments.guess_format(first)
             lines = _chain(first, source)
     return deployments.read_lines(lines, file_format)
 

@@ -1,0 +1,252 @@
+"""The transactions of a deployment: lists in pages, those whose outcome is missing, and exports of any length.
+
+What is personal is masked for who has not the grant for it. A page is a read of its own, so that nobody who reads
+slowly keeps a database transaction open, and an export of a million rows holds one page of them. What is in a page:
+`voicetx.listings`; what it looks like: `voicetx.exports`.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
+from starlette.responses import StreamingResponse
+
+from voicetx.api.answers import Answer
+from voicetx.api.deployments import find_deployment
+from voicetx.api.endpoints import (
+    DEPLOYMENT_PATH,
+    Asked,
+    Call,
+    answer_json,
+    for_users,
+    read_number,
+    read_query,
+    sign_in_again,
+)
+from voicetx.api.openapi_programs import ShownTransactions, describe_export, describe_found, describe_query
+from voicetx.auth import Grant
+from voicetx.contract import DropCode, TransactionId
+from voicetx.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
+from voicetx.listings import Filters, ListedTransaction, Page, list_transactions
+
+router = APIRouter(tags=["Transactions"])
+
+_TRUTH = {"true": True, "false": False}
+_ROWS_A_PAGE = 1_000  # of an export
+_MINUTE_MS = 60_000
+_MEDIA_TYPES = {
+    ExportFormat.CSV: "text/csv; charset=utf-8; header=present",
+    ExportFormat.NDJSON: "application/x-ndjson",
+}
+_UNSAFE = re.compile(r"[^A-Za-z0-9-]+")
+_WHEN = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+
+
+def _read_truth(text: str) -> bool:
+    if text not in _TRUTH:
+        raise ValueError("neither true nor false")
+    return _TRUTH[text]
+
+
+def _read_time(text: str) -> int:
+    """Return an instant in milliseconds; raises ValueError for a text that is none."""
+    if _WHEN.fullmatch(text) is None:
+        raise ValueError("no instant")
+    return int(datetime.fromisoformat(text.upper()).timestamp() * 1000)
+
+
+def _truth(which: str) -> Any:
+    return Field(description=f"true or false: {which}")
+
+
+_Truth = Annotated[bool, BeforeValidator(_read_truth)]
+_Limit = Annotated[
+    int, Field(ge=1, le=1000, description="a whole number, 1 to 1,000", examples=[100]), BeforeValidator(read_number)
+]
+_After = Annotated[
+    TransactionId | None,
+    Field(
+        description="a transaction id, after which the list goes on: next of the page before",
+        examples=["demo-001"],
+    ),
+]
+
+
+class _Listed(Asked):
+    model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"))
+
+
+class FilterQuery(_Listed):
+    """Which transactions are wanted."""
+
+    call_state: Annotated[
+        Literal["1", "2", "3", "4", "5", "6"] | None, Field(description="a call-state, 1 to 6", examples=["5"])
+    ] = None
+    drop_code: Annotated[DropCode | None, Field(description="a drop-code", examples=["2002"])] = None
+    reported: Annotated[_Truth | None, _truth("whether something was reported")] = None
+    finished: Annotated[_Truth | None, _truth("whether what was reported says how the call ended")] = None
+    inconsistent: Annotated[_Truth | None, _truth("whether call-state and drop-code contradict each other")] = None
+    updated_since: Annotated[
+        int | None,
+        Field(
+            description="an instant as RFC 3339 has it, such as 2026-01-31T08:00:00Z (a plus sign is sent as %2B)",
+            examples=["2026-01-31T08:00:00Z"],
+        ),
+        BeforeValidator(_read_time),
+        WithJsonSchema({"type": "string", "format": "date-time"}),
+    ] = None
+
+    def to_filters(self) -> Filters:
+        """Return what is wanted in the words of the lists."""
+        return Filters(
+            call_state=self.call_state,
+            drop_code=self.drop_code,
+            is_reported=self.reported,
+            is_finished=self.finished,
+            is_inconsistent=self.inconsistent,
+            updated_since_ms=self.updated_since,
+        )
+
+
+class ListQuery(FilterQuery):
+    """Which transactions are wanted, and which page of them."""
+
+    after: _After = None
+    limit: _Limit = 100
+
+
+class MissingQuery(_Listed):
+    """For how long nothing was heard, and which page is wanted."""
+
+    older_than_minutes: Annotated[
+        int,
+        Field(ge=0, le=10_000_000, description="a whole number of minutes, 0 to 10,000,000", examples=[30]),
+        BeforeValidator(read_number),
+    ] = 0
+    after: _After = None
+    limit: _Limit = 100
+
+
+class ExportQuery(FilterQuery):
+    """Which transactions are wanted, and how."""
+
+    format: Annotated[Literal["csv", "ndjson"] | None, Field(description="csv or ndjson", examples=["csv"])] = None
+
+
+@router.get(
+    f"{DEPLOYMENT_PATH}/transactions",
+    operation_id="list_transactions",
+    summary="Which transactions has a deployment?",
+    responses=describe_found(ShownTransactions, of_a_deployment=True),
+    openapi_extra=describe_query(ListQuery, of_a_deployment=True),
+)
+@for_users(Grant.TRANSACTIONS_READ)
+async def list_page(call: Call) -> Answer:
+    """List a deployment's transactions, in the order of their ids, page by page.
+
+    Ask again with `after`, the `next` of the page before, until that is null: nothing is shown twice or left out while
+    updates come in. A page may be short of rows, or have none, and have a `next`: rare things take some looking.
+    Without the grant transactions:read-personal what is personal is masked.
+    """
+    asked = read_query(call, ListQuery)
+    return await _answer_page(call, asked.to_filters(), asked.after, asked.limit)
+
+
+@router.get(
+    f"{DEPLOYMENT_PATH}/missing",
+    operation_id="list_missing",
+    summary="Whose outcome is missing?",
+    responses=describe_found(ShownTransactions, of_a_deployment=True),
+    openapi_extra=describe_query(MissingQuery, of_a_deployment=True),
+)
+@for_users(Grant.TRANSACTIONS_READ)
+async def list_missing(call: Call) -> Answer:
+    """List the transactions that were never reported, or whose report leaves open how the call ended, page by page.
+
+    Of none of them was anything heard for so many minutes: a list to send back to the dialer.
+    """
+    asked = read_query(call, MissingQuery)
+    before_ms = time.time_ns() // 1_000_000 - asked.older_than_minutes * _MINUTE_MS
+    return await _answer_page(call, Filters(is_finished=False, unheard_since_ms=before_ms), asked.after, asked.limit)
+
+
+@router.get(
+    f"{DEPLOYMENT_PATH}/export",
+    operation_id="export_transactions",
+    summary="All transactions of a deployment",
+    responses=describe_export(),
+    openapi_extra=describe_query(ExportQuery, of_a_deployment=True),
+)
+@for_users(Grant.TRANSACTIONS_READ)
+async def export(call: Call) -> StreamingResponse:
+    """Stream a deployment's transactions, in the order of their ids, as CSV (RFC 4180) or NDJSON.
+
+    A cell of the CSV that a spreadsheet would take for a formula has an apostrophe before it, phone numbers with a plus
+    among them: a program drops the first apostrophe of every cell that begins with one. What can't be sent whole ends
+    with the connection cut. Without the grant transactions:read-personal what is personal is masked.
+    """
+    asked = read_query(call, ExportQuery)
+    export_format = ExportFormat(asked.format) if asked.format is not None else _choose_format(call)
+    deployment_id = call.deployment_id
+    await find_deployment(call, deployment_id)
+    filters = asked.to_filters()
+    first = await _read_page(call, deployment_id, filters, "", _ROWS_A_PAGE)
+    name = _UNSAFE.sub("-", deployment_id).strip("-")[:64] or "deployment"
+    return StreamingResponse(
+        _stream(call, deployment_id, filters, export_format, first),
+        media_type=_MEDIA_TYPES[export_format],
+        headers={
+            "cache-control": "no-store",
+            "content-disposition": f'attachment; filename="transactions-{name}.{export_format}"',
+        },
+    )
+
+
+async def _stream(
+    call: Call, deployment_id: str, filters: Filters, export_format: ExportFormat, page: Page
+) -> AsyncIterator[bytes]:
+    head = begin_export(export_format)
+    while True:
+        yield head + await asyncio.to_thread(_render, call, page, export_format)
+        if page.next is None:
+            return
+        head = b""
+        # It may take long, and what is taken away from a user is taken away at once.
+        call = await sign_in_again(call, Grant.TRANSACTIONS_READ)
+        page = await _read_page(call, deployment_id, filters, page.next, _ROWS_A_PAGE)
+
+
+def _render(call: Call, page: Page, export_format: ExportFormat) -> bytes:
+    return render_rows((_show(call, row) for row in page.rows), export_format)
+
+
+def _show(call: Call, row: ListedTransaction) -> ListedTransaction:
+    return mask_listed(row) if call.is_masked else row
+
+
+async def _answer_page(call: Call, filters: Filters, after: str | None, limit: int) -> Answer:
+    deployment_id = call.deployment_id
+    page = await _read_page(call, deployment_id, filters, after or "", limit)
+    if not page.rows and page.next is None:
+        await find_deployment(call, deployment_id)
+    return await answer_json(
+        lambda: {"transactions": [describe_listed(_show(call, row)) for row in page.rows], "next": page.next}
+    )
+
+
+async def _read_page(call: Call, deployment_id: str, filters: Filters, after: str, limit: int) -> Page:
+    return await call.services.store.read(
+        partial(list_transactions, deployment_id=deployment_id, filters=filters, after=after, limit=limit)
+    )
+
+
+def _choose_format(call: Call) -> ExportFormat:
+    return ExportFormat.CSV if "text/csv" in call.request.headers.get("accept", "") else ExportFormat.NDJSON
