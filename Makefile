@@ -74,6 +74,10 @@ USE_NODE = if command -v npm >/dev/null && node -e 'process.exit(parseInt(proces
 test: $(VENV)/.dev .tools/newman-6.2.2  ## run every test, real PostgreSQL and Valkey included (ARGS="-k name" picks some)
 	@$(USE_NODE); $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
+.PHONY: pictures
+pictures: $(VENV)/.dev  ## take README's pictures of the dashboard anew (needs Chromium)
+	$(BIN)/pytest tests/test_dashboard_browser.py -k pictures --pictures $(ARGS)
+
 .PHONY: faults
 faults: $(VENV)/.dev  ## break everything for some minutes under load, and print what was lost (nothing)
 	$(BIN)/pytest tests/faults --long $(ARGS)

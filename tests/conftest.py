@@ -64,8 +64,9 @@ def has_room(folder: Path) -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that makes of the quick fault suite the long one."""
+    """Add the option that makes of the quick fault suite the long one, and that for README's pictures."""
     parser.addoption("--long", action="store_true", help="the long form of tests/faults, with figures at its end")
+    parser.addoption("--pictures", action="store_true", help="take README's pictures of the dashboard anew")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

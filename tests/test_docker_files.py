@@ -170,8 +170,8 @@ def test_the_health_check_fails_where_nobody_listens() -> None:
     assert run_health_check(find_free_port()) == 1
 
 
-def test_the_wheel_carries_its_migrations(tmp_path: Path) -> None:
-    """The wheel that the image installs brings an empty database to its schema, without the checkout."""
+def test_the_wheel_carries_its_migrations_and_pages(tmp_path: Path) -> None:
+    """The wheel that the image installs brings an empty database to its schema, and has the dashboard's templates."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],
         cwd=ROOT,
@@ -188,6 +188,9 @@ def test_the_wheel_carries_its_migrations(tmp_path: Path) -> None:
         command = [sys.executable, "-c", program, *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, str(installed / "voicetx" / "__init__.py"))
+    for folder in ("templates", "static"):
+        names = {path.name for path in (ROOT / "src" / "voicetx" / "dashboard" / folder).iterdir()}
+        assert names == {path.name for path in (installed / "voicetx" / "dashboard" / folder).iterdir()}
 
 
 @cache

@@ -19,6 +19,7 @@ from voicetx.api.pages import _allow
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH
+from voicetx.dashboard.pages import is_page
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
@@ -32,8 +33,12 @@ OPEN = {
     "/docs/oauth2-redirect",
     "/redoc",
     "/static-offline-docs",
+    "/dashboard/static/x",
 }
 """The paths that answer without a credential, each named in docs/security.md. The token endpoint takes its own."""
+
+OWN_CREDENTIALS = {TOKEN_PATH, "/dashboard/sign-in"}
+"""Where a credential is traded for another; a session that may see nothing may still be ended."""
 
 
 def walk(routes: Iterable[Any]) -> Iterator[tuple[str, set[str]]]:
@@ -50,23 +55,31 @@ def walk(routes: Iterable[Any]) -> Iterator[tuple[str, set[str]]]:
 @pytest.mark.anyio
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_no_route_answers_without_a_credential_but_those_named(database_url: str) -> None:
-    """Each route but the open ones refuses strangers with 401, and an API user without grants with 430."""
+    """Each route but the open ones refuses strangers with 401, and an API user without grants with 430 or a page."""
     met = set()
     async with running_app(database_url) as (app, services, _), connect(app) as client:
         _, key = await services.store.write(lambda connection: auth.add_user(connection, "nobody", []))
+        session = await services.authenticator.open_session(key, "")
         for path, methods in walk(app.routes):
             met.add(path)
             for method in methods - {"HEAD", "OPTIONS"}:
                 if path in OPEN:
-                    assert f"`{path}`" in PAGE
+                    assert f"`{path.removesuffix('/x')}`" in PAGE
                     continue
                 for authorization in [None, "Bearer vsk_guess", "Basic eDp4"]:
                     headers = {"authorization": authorization} if authorization else {}
                     answer = await client.request(method, path, headers=headers, params={"grant_type": GRANT_TYPE})
                     assert answer.status_code == 401, (method, path)
+                if path in OWN_CREDENTIALS | {"/dashboard/sign-out"}:
+                    continue
+                if is_page(path):
+                    cookie = {"cookie": f"voicetx-session={session.access_token}"}
+                    answer = await client.request(method, path, headers=cookie)
+                    assert answer.status_code == 403, (method, path)
+                    continue
                 answer = await client.request(method, path, headers={"authorization": f"Bearer {key}"})
-                assert path == TOKEN_PATH or answer.json()["code"] == 430, (method, path)
-    assert {UPDATE_PATH, BULK_PATH, TOKEN_PATH, *OPEN} <= met
+                assert answer.json()["code"] == 430, (method, path)
+    assert {UPDATE_PATH, BULK_PATH, "/dashboard", *OWN_CREDENTIALS, *OPEN} <= met
 
 
 GRANT_TYPE = "client_credentials"

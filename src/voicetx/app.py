@@ -32,6 +32,8 @@ from voicetx.api.endpoints import RawPath
 from voicetx.api.openapi import complete_openapi
 from voicetx.api.pages import PageGuard
 from voicetx.contract import UPDATE_PATH
+from voicetx.dashboard import pages as dashboard
+from voicetx.dashboard.live import LivePages
 from voicetx.errors import Rejected
 from voicetx.logs import configure_logging
 from voicetx.services import Services
@@ -65,8 +67,20 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=run_services,
         redirect_slashes=False,
     )
-    for module in (updates, bulk, receipts, deployments, listings, transactions, users, tokens, operations):
+    for module in (
+        updates,
+        bulk,
+        receipts,
+        deployments,
+        listings,
+        transactions,
+        users,
+        tokens,
+        operations,
+        dashboard,
+    ):
         app.include_router(module.router)
+    app.state.live_pages = LivePages()
     for kind in _HANDLED:
         app.add_exception_handler(kind, _answer_exception)
     app.add_middleware(RawPath)
@@ -84,6 +98,10 @@ def create_served_app() -> FastAPI:
 
 
 async def _answer_exception(request: Request, error: Exception) -> Response:
+    if dashboard.is_page(request.scope["path"]):
+        page, code = dashboard.answer_error(request, error)
+        note_for_log(request.scope, code=code)
+        return page
     answer = answer_error(error)
     if answer.status == updates.REFUSED_METHOD.status and request.scope["path"] == UPDATE_PATH:
         answer = updates.REFUSED_METHOD  # names the methods in the contract's order

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from voicetx.throttle import Throttle  # the command line needs none of it and starts faster without
 
 _SECRET_PREFIX = "vsk_"  # noqa: S105 - what a secret key begins with, so that scanners find leaked ones
-_TOKEN_PREFIX = "vat_"  # noqa: S105 - the same for access tokens
+TOKEN_PREFIX = "vat_"  # noqa: S105 - the same for access tokens
 _SLOTS = (1, 2)
 _NAME_LENGTH = 128
 _CACHE_SIZE = 10_000
@@ -94,6 +94,7 @@ class Authenticator:
         self._throttle = throttle
         self._believe_seconds = settings.credential_cache_seconds
         self._token_lifetime_seconds = settings.token_lifetime_seconds
+        self._session_lifetime_seconds = settings.session_lifetime_seconds
         self._found: dict[bytes, _Found] = {}
         self._lookups: dict[bytes, asyncio.Task[_Found | None]] = {}
 
@@ -126,14 +127,38 @@ class Authenticator:
         It counts as a call of that user. Raises `Rejected` (498) where the two do not belong together, else as
         `authenticate`.
         """
+        user = await self._find_by_key(secret_key, address)
+        if not hmac.compare_digest(str(user.api_key_id).encode(), api_key_id.strip().lower().encode()):
+            await self._fail(address)
+        return await self._issue(user, secret_key, self._token_lifetime_seconds, address)
+
+    async def open_session(self, secret_key: str, address: str) -> Token:
+        """Make an access token for the API user with that secret key, for a browser to keep; else as `issue_token`."""
+        user = await self._find_by_key(secret_key, address)
+        return await self._issue(user, secret_key, self._session_lifetime_seconds, address)
+
+    async def close_session(self, token: str) -> None:
+        """Delete an access token; other processes believe it for at most `credential_cache_seconds` more.
+
+        Raises `StoreUnavailable`.
+        """
+        digest = _digest(token)
+
+        def work(connection: Connection) -> None:
+            connection.execute(delete(access_token).where(access_token.c.digest == digest))
+
+        await self._store.write(work)
+        self._found.pop(digest, None)
+
+    async def _find_by_key(self, secret_key: str, address: str) -> ApiUser:
         if not secret_key.startswith(_SECRET_PREFIX):
             await self._fail(address)
-        found = await self._find(secret_key.encode(), address)
-        if not hmac.compare_digest(str(found.user.api_key_id).encode(), api_key_id.strip().lower().encode()):
-            await self._fail(address)
-        if (admission := self._throttle.admit(found.user.api_key_id, found.user.call_limit)) is not None:
+        return (await self._find(secret_key.encode(), address)).user
+
+    async def _issue(self, user: ApiUser, secret_key: str, lifetime_seconds: int, address: str) -> Token:
+        if (admission := self._throttle.admit(user.api_key_id, user.call_limit)) is not None:
             await admission
-        token = _TOKEN_PREFIX + secrets.token_urlsafe(32)
+        token = TOKEN_PREFIX + secrets.token_urlsafe(32)
         now_ms = _now_ms()
         secret_digest = _digest(secret_key)
 
@@ -143,7 +168,7 @@ class Authenticator:
                 insert(access_token).values(
                     digest=_digest(token),
                     secret_digest=secret_digest,
-                    expires_at_ms=now_ms + self._token_lifetime_seconds * 1000,
+                    expires_at_ms=now_ms + lifetime_seconds * 1000,
                 )
             )
 
@@ -153,7 +178,7 @@ class Authenticator:
             # The secret key was revoked since it was looked up.
             self._found.pop(secret_digest, None)
             await self._fail(address)
-        return Token(token, self._token_lifetime_seconds, found.user)
+        return Token(token, lifetime_seconds, user)
 
     async def _find(self, credential: bytes, address: str) -> _Found:
         digest = hashlib.sha256(credential).digest()
@@ -164,7 +189,7 @@ class Authenticator:
             self._throttle.check_sign_in(address)
         lookup = self._lookups.get(digest)
         if lookup is None:
-            lookup = asyncio.create_task(self._look_up(digest, is_token=credential.startswith(_TOKEN_PREFIX.encode())))
+            lookup = asyncio.create_task(self._look_up(digest, is_token=credential.startswith(TOKEN_PREFIX.encode())))
             self._lookups[digest] = lookup
             lookup.add_done_callback(lambda done: self._forget_lookup(digest, done))
         # Shielded: callers share it, and one that hangs up must not take it away from the others.

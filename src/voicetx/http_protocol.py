@@ -220,6 +220,8 @@ class ContractProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Take one more request where none is under way, but not for long; uvicorn would cut it off."""
+        if (services := self.app_state.get("services")) is not None:
+            services.leaving.set()
         if not self._owes_an_answer():
             self._is_leaving = True
             self.loop.call_later(_LAST_REQUEST_SECONDS, self._leave)

@@ -40,6 +40,8 @@ class Services:
     folding: "asyncio.Task[None]"
     bulks: Counter[UUID] = field(default_factory=Counter)
     """Requests of many updates that are under way, by API user."""
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the process is told to stop: answers that have no end of their own end then."""
 
     @classmethod
     async def start(cls, settings: Settings) -> "Services":

@@ -149,6 +149,9 @@ class Settings(BaseSettings):
         30.0, ge=0.1, le=600, description="How long a client may take to send its body."
     )
     token_lifetime_seconds: int = Field(3_600, ge=1, le=86_400, description="How long an access token is valid.")
+    session_lifetime_seconds: int = Field(
+        43_200, ge=1, le=604_800, description="How long a browser stays signed in to the dashboard."
+    )
     credential_cache_seconds: float = Field(
         2.0,
         ge=0,

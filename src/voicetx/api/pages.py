@@ -45,10 +45,9 @@ class PageGuard:
             elif held is not None:
                 start, held = held, None
                 policy = _POLICY.format(digests="".join(map(_allow, _SCRIPT.findall(message.get("body", b"")))))
-                start["headers"] += [
-                    (b"content-security-policy", policy.encode()),
-                    (b"referrer-policy", b"no-referrer"),
-                ]
+                start["headers"].append((b"content-security-policy", policy.encode()))
+                if b"referrer-policy" not in dict(start["headers"]):
+                    start["headers"].append((b"referrer-policy", b"no-referrer"))
                 await send(start)
             await send(message)
 

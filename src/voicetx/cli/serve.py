@@ -142,7 +142,7 @@ def _describe_demo(address: str, api_key_id: str, secret_key: str) -> str:
     return f"""
 voicetx is at {address}
 
-  dashboard       {address}/dashboard
+  dashboard       {address}/dashboard (sign in with the secret key)
   documentation   {address}/docs
   API key id      {api_key_id}
   secret key      {secret_key}

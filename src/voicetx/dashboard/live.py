@@ -1,0 +1,211 @@
+"""Pages that change as updates come in: server-sent events, a stream for each page that is open.
+
+However many pages show a deployment, each process looks at it once a second, and only while somebody watches; a stream
+sends the parts of its page that differ from what it sent before. A stream ends with its session, with its deployment,
+and when the process is told to stop; the browser then comes back by itself.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from uuid import UUID  # noqa: TC003 - beside the others
+from zoneinfo import ZoneInfo
+
+import orjson
+import structlog
+from sqlalchemy import Connection
+
+from voicetx.auth import ApiUser
+from voicetx.dashboard.overview import Overview
+from voicetx.dashboard.rendering import format_clock, render_parts, summarise
+from voicetx.errors import Refusal, Rejected
+from voicetx.listings import Filters, ListedTransaction, list_transactions
+from voicetx.reports import DeploymentReport, report_deployment
+from voicetx.store import Store, StoreUnavailable
+
+MOST_STREAMS = 500
+MOST_STREAMS_OF_A_USER = 50
+"""How many streams a process keeps open."""
+
+FEW_MISSING = 8
+"""How many transactions without an outcome stand on a deployment's page."""
+
+_LOOK_SECONDS = 1.0
+_BEAT_SECONDS = 5.0
+_RETRY_MS = 2_000
+_NO_OUTCOME = Filters(is_finished=False)
+
+_log = structlog.get_logger(__name__)
+
+
+class Look(NamedTuple):
+    """What was seen of a deployment, and when."""
+
+    report: DeploymentReport
+    missing: tuple[ListedTransaction, ...]
+    as_of_ms: int
+
+    def show(self, zone: ZoneInfo, span: str) -> Overview:
+        """Return it as a page shows it."""
+        return Overview(self.report, self.missing, zone, span, self.as_of_ms)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """A deployment that somebody watches: the last look at it, and whoever waits for the next."""
+
+    followers: int = 0
+    look: Look | None = None
+    seen_at_ms: int = 0
+    is_gone: bool = False
+    is_away: bool = False
+    rendering: dict[tuple[str, str], "asyncio.Task[dict[str, str]]"] = field(default_factory=dict)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    looking: "asyncio.Task[None] | None" = None
+
+    def tell(self) -> None:
+        """Wake whoever waits for news; those who ask from now on wait for the next."""
+        told, self.news = self.news, asyncio.Event()
+        told.set()
+
+
+def look_at(connection: Connection, deployment_id: str) -> Look | None:
+    """Return a deployment as its page shows it, or None where there is none."""
+    report = report_deployment(connection, deployment_id)
+    if report is None:
+        return None
+    missing = list_transactions(connection, deployment_id, _NO_OUTCOME, limit=FEW_MISSING)
+    return Look(report, tuple(missing.rows), time.time_ns() // 1_000_000)
+
+
+class LivePages:
+    """The streams of one process and what they watch."""
+
+    def __init__(self) -> None:
+        self._watches: dict[str, _Watch] = {}
+        self._streams: Counter[UUID] = Counter()
+
+    def admit(self, user: ApiUser) -> None:
+        """Raise `Rejected` (429) where there are as many streams as may be, in all or of the user."""
+        if self._streams.total() >= MOST_STREAMS or self._streams[user.api_key_id] >= MOST_STREAMS_OF_A_USER:
+            raise Rejected(Refusal.THROTTLED, retry_after_seconds=int(_BEAT_SECONDS))
+
+    async def stream(
+        self,
+        store: Store,
+        user: ApiUser,
+        deployment_id: str,
+        zone: ZoneInfo,
+        span: str,
+        *,
+        is_welcome: Callable[[], Awaitable[bool]],
+        leaving: asyncio.Event,
+    ) -> AsyncIterator[bytes]:
+        """Yield a page's events until its session ends, its deployment goes, or the process stops.
+
+        `parts` has the parts that changed, by name, and a sentence; `beat` says when it was last seen that nothing has,
+        or `away` that the database can't be asked; `end` says why nothing more will come.
+        """
+        self._streams[user.api_key_id] += 1
+        watch = self._enter(store, deployment_id)
+        try:
+            yield b"retry: %d\n\n" % _RETRY_MS
+            sent: dict[str, str] = {}
+            while not leaving.is_set():
+                if watch.is_gone:
+                    yield _write("end", "gone")
+                    return
+                news = watch.news  # before anything is read of it: what comes in meanwhile is not missed
+                parts = await _render(watch, zone, span)
+                if new := {name: part for name, part in parts.items() if sent.get(name) != part}:
+                    sent |= new
+                    yield _write("parts", new)
+                elif watch.is_away:
+                    yield _write("away", "")
+                elif watch.look is not None:
+                    yield _write("beat", format_clock(watch.seen_at_ms, zone))
+                if not await is_welcome():
+                    yield _write("end", "signed-out")
+                    return
+                await _wait_for_any(news, leaving)
+        finally:
+            self._streams[user.api_key_id] -= 1
+            self._leave(deployment_id, watch)
+
+    def _enter(self, store: Store, deployment_id: str) -> _Watch:
+        watch = self._watches.get(deployment_id)
+        if watch is None:
+            watch = self._watches[deployment_id] = _Watch()
+            watch.looking = asyncio.create_task(_look_on(store, deployment_id, watch))
+        watch.followers += 1
+        return watch
+
+    def _leave(self, deployment_id: str, watch: _Watch) -> None:
+        watch.followers -= 1
+        if watch.followers or watch.looking is None:
+            return
+        if self._watches.get(deployment_id) is watch:
+            del self._watches[deployment_id]
+        watch.looking.cancel()
+
+
+async def _look_on(store: Store, deployment_id: str, watch: _Watch) -> None:
+    """Look at a deployment every second and tell whoever watches when something changed."""
+    while not watch.is_gone:
+        is_away, look = False, watch.look
+        try:
+            look = await store.read(lambda connection: look_at(connection, deployment_id))
+        except StoreUnavailable:
+            is_away = True
+        except Exception:  # noqa: BLE001 - the page says that it is not live, and the log why
+            _log.exception("dashboard.look_failed")
+            is_away = True
+        is_news = is_away != watch.is_away or _differ(look, watch.look)
+        watch.is_away, watch.is_gone = is_away, look is None and not is_away
+        if not is_away:
+            watch.seen_at_ms = time.time_ns() // 1_000_000
+        if is_news or watch.is_gone:
+            watch.look = look
+            watch.rendering = {}
+            watch.tell()
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _differ(one: Look | None, other: Look | None) -> bool:
+    if one is None or other is None:
+        return one is not other
+    return one.report != other.report or one.missing != other.missing
+
+
+async def _render(watch: _Watch, zone: ZoneInfo, span: str) -> dict[str, str]:
+    """Return the parts of a page; those who see the same share the work."""
+    if watch.look is None:
+        return {}
+    rendering, key = watch.rendering, (zone.key, span)
+    if key not in rendering:
+        overview = watch.look.show(zone, span)
+        # In a thread: a long timeline must not keep updates waiting.
+        rendering[key] = asyncio.create_task(asyncio.to_thread(_render_all, overview))
+    # Shielded: others share it, and a page that is closed must not take it away from them.
+    return await asyncio.shield(rendering[key])
+
+
+def _render_all(overview: Overview) -> dict[str, str]:
+    return render_parts(overview) | {"summary": summarise(overview)}
+
+
+async def _wait_for_any(*events: asyncio.Event) -> None:
+    """Return when one of the events is set, or after a while all the same."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, timeout=_BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def _write(event: str, data: object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(data))
