@@ -85,6 +85,15 @@ async def test_a_batch_has_an_outcome_for_each_update_in_order(store: Store) -> 
     assert (await show(store, "tx-2")).updates == 1
 
 
+async def test_repeats_are_recognised_in_a_long_history(store: Store) -> None:
+    """Beside a hundred updates and more, a repeat is a repeat and a new update is new, in one batch with short ones."""
+    bodies = [make_body("tx-1", message=f"{number}") for number in range(150)]
+    assert await record(store, *bodies, make_body("tx-2")) == ["recorded"] * 151
+    again = [bodies[0], make_body("tx-1", message="new"), make_body("tx-2"), bodies[149], make_body("tx-3")]
+    assert await record(store, *again) == ["repeated", "recorded", "repeated", "repeated", "recorded"]
+    assert (await show(store)).updates == 151
+
+
 async def test_the_history_keeps_bodies_as_received(store: Store) -> None:
     """The history holds the text that was sent, unknown fields and spacing included, and from whom."""
     body = encode(make_body(extra={"a": [1e300, None]}, message="  hello ")).replace(b": ", b" :  ")

@@ -456,6 +456,9 @@ _ROW_COLUMNS = (
 )
 
 
+_SHORT_HISTORY = 100  # read whole: that is faster than one update after the other
+
+
 class Found(NamedTuple):
     """A registered transaction, its deployment, and which of the updates asked about are in its history."""
 
@@ -481,8 +484,13 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     ids = (orjson.dumps(sorted(updates)).decode(),)
     for row in connection.exec_driver_sql(_LOOK_UP_TRANSACTIONS, ids):
         found[row[0]] = Found(_to_transaction(row), row[1], set())
-    # Of a transaction's digests those that nobody asked about are of no harm.
-    for transaction_id, digest in connection.exec_driver_sql(_LOOK_UP_DIGESTS, ids):
+    # Of a short history those that nobody asked about are of no harm.
+    short = sorted(name for name, (transaction, *_) in found.items() if transaction.updates <= _SHORT_HISTORY)
+    digests = list(connection.exec_driver_sql(_LOOK_UP_DIGESTS, (orjson.dumps(short).decode(),)))
+    for name in found.keys() - short:
+        for digest in updates[name]:
+            digests += connection.exec_driver_sql(_LOOK_UP_DIGEST, (name, digest))
+    for transaction_id, digest in digests:
         found[transaction_id].held.add(digest)
     return found
 
@@ -686,6 +694,7 @@ _LOOK_UP_TRANSACTIONS = (
 _LOOK_UP_DIGESTS = (
     "SELECT transaction_id, digest FROM voice_update WHERE transaction_id IN (SELECT value FROM json_each(?))"
 )
+_LOOK_UP_DIGEST = "SELECT transaction_id, digest FROM voice_update WHERE transaction_id = ? AND digest = ?"
 _UPDATE_TRANSACTION = (
     f"UPDATE voice_transaction SET {', '.join(f'{name} = ?' for name in _WRITTEN)}"  # noqa: S608
     " WHERE transaction_id = ? AND updates = ?"
