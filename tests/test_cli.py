@@ -7,6 +7,8 @@ import pty
 import re
 import subprocess
 import sys
+import threading
+import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from unittest import mock
@@ -14,6 +16,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from sqlalchemy import Connection
 
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on, show
@@ -274,6 +277,24 @@ def test_serve_refuses_a_server_database_on_an_old_schema(postgresql: PostgreSQL
     run(url, "db", "check")
     with Service(url) as service:
         assert httpx.get(f"{service.base_url}/readyz").json()["status"] == "ready"
+
+
+def test_an_upgrade_takes_the_time_that_it_needs(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade that waits for another one, or has much to do, is not given up after the time of a commit."""
+    monkeypatch.setenv("VOICETX_COMMIT_TIMEOUT_SECONDS", "0.5")
+    is_held = threading.Event()
+
+    def hold(connection: Connection) -> None:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("lock table alembic_version")
+        is_held.set()
+        time.sleep(1.5)
+
+    holding = threading.Thread(target=run_on, args=(database_url, hold))
+    holding.start()
+    assert is_held.wait(60)
+    run(database_url, "db", "upgrade")
+    holding.join()
 
 
 def test_serve_migrates_an_embedded_database(sqlite_url: str) -> None:

@@ -62,6 +62,7 @@ T = TypeVar("T")
 UNASSIGNED = "unassigned"
 """The deployment of transactions that nobody registered beforehand."""
 
+_PATIENCE_SECONDS = 86_400.0  # to wait for whoever writes to a file
 _PAUSE_SECONDS = 0.05  # at most, before work is run again
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: run again
 _REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a trigger of somebody's
@@ -97,20 +98,28 @@ class Store:
 
     `database_url` is `sqlite:///FILE` or `postgresql://...` as libpq writes it. Statements and connects take at most
     `timeout_seconds` each. With `has_writer` a file is written in steps by a process of its own, so that the event loop
-    does not wait for it. Construct it anywhere; use it on one event loop; `close` it there.
+    does not wait for it. With `is_patient`, for work that nobody waits for, statements take as long as they take.
+    Construct it anywhere; use it on one event loop; `close` it there.
     """
 
     def __init__(
-        self, database_url: str, *, pool_size: int = 5, timeout_seconds: float = 5.0, has_writer: bool = False
+        self,
+        database_url: str,
+        *,
+        pool_size: int = 5,
+        timeout_seconds: float = 5.0,
+        has_writer: bool = False,
+        is_patient: bool = False,
     ) -> None:
         self.is_embedded = database_url.startswith("sqlite:")
         self._timeout_seconds = timeout_seconds
         self._database: _Embedded | _Server
         if self.is_embedded:
             path = Path(database_url.removeprefix("sqlite:///"))
-            self._database = _Embedded(path, pool_size, timeout_seconds, OwnProcess() if has_writer else None)
+            wait_seconds = _PATIENCE_SECONDS if is_patient else timeout_seconds
+            self._database = _Embedded(path, pool_size, wait_seconds, OwnProcess() if has_writer else None)
         else:
-            self._database = _Server(database_url, pool_size, timeout_seconds)
+            self._database = _Server(database_url, pool_size, timeout_seconds, is_patient=is_patient)
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own and return its result once that is committed.
@@ -253,10 +262,11 @@ class _Server:
     are then locked in the order in which they are sent, by everybody.
     """
 
-    def __init__(self, database_url: str, pool_size: int, timeout_seconds: float) -> None:
+    def __init__(self, database_url: str, pool_size: int, timeout_seconds: float, *, is_patient: bool) -> None:
         self._timeout_seconds = timeout_seconds
-        self._engine = _make_postgresql_engine(database_url, pool_size, timeout_seconds)
-        steps = _make_postgresql_engine(database_url, 1, timeout_seconds, _PLAN_BY_KEY)
+        statement_seconds = None if is_patient else timeout_seconds
+        self._engine = _make_postgresql_engine(database_url, pool_size, timeout_seconds, statement_seconds)
+        steps = _make_postgresql_engine(database_url, 1, timeout_seconds, statement_seconds, _PLAN_BY_KEY)
         self._in_steps = steps.execution_options(isolation_level="AUTOCOMMIT")
 
     async def write(self, work: Callable[[Connection], T]) -> T:
@@ -292,13 +302,14 @@ def _forget(reading: "asyncio.Task[Any]") -> None:
         reading.exception()  # it is raised where it is awaited; who has gone is owed nothing
 
 
-def open_store(settings: Settings, *, has_writer: bool = False) -> Store:
-    """Return the store that the settings name; `has_writer` as `Store` has it."""
+def open_store(settings: Settings, *, has_writer: bool = False, is_patient: bool = False) -> Store:
+    """Return the store that the settings name; `has_writer` and `is_patient` as `Store` has them."""
     return Store(
         settings.database_url.get_secret_value(),
         pool_size=settings.database_pool_size,
         timeout_seconds=settings.commit_timeout_seconds,
         has_writer=has_writer,
+        is_patient=is_patient,
     )
 
 
@@ -345,7 +356,11 @@ _PLAN_BY_KEY = (
 
 
 def _make_postgresql_engine(
-    database_url: str, pool_size: int, timeout_seconds: float, preparation: str = ""
+    database_url: str,
+    pool_size: int,
+    timeout_seconds: float,
+    statement_seconds: float | None,
+    preparation: str = "",
 ) -> "AsyncEngine":
     # It brings SQLAlchemy's ORM along: what works on a file starts faster without.
     from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
@@ -366,7 +381,7 @@ def _make_postgresql_engine(
         connection = await asyncpg.connect(
             dsn=url,
             timeout=timeout_seconds / len(urls),
-            command_timeout=timeout_seconds,
+            command_timeout=statement_seconds,
             server_settings={"application_name": "voicetx"},
         )
         try:

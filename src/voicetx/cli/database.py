@@ -23,7 +23,7 @@ def upgrade() -> None:
     """Bring the database to this release's schema; nothing is done where it is there."""
 
     async def run() -> None:
-        store = open_store(Settings())
+        store = open_store(Settings(), is_patient=True)
         try:
             await migrations.upgrade(store)
         finally:
