@@ -18,10 +18,11 @@ from platform_side import make_user, register, run_on
 from servers import Service
 from test_cli import run
 from test_privacy import bodies_about, digits_of, numbers
-from voicetx.api.transactions import MOST_UPDATES
+from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH, parse
 from voicetx.recording import commit_batch
+from voicetx.reports import report_transaction
 from voicetx.store import Received
 
 BODY = make_body(
@@ -164,6 +165,26 @@ def test_of_a_long_history_the_last_updates_are_shown(instance: Instance) -> Non
     shown = instance.show("busy").json()
     assert shown["updates"] == count
     assert [entry["body"]["message"] for entry in shown["history"]] == [str(number) for number in range(5, count)]
+
+
+def test_a_history_of_much_text_is_cut(instance: Instance) -> None:
+    """Of updates that are long as well as many so many are shown as an answer may hold; the last one always is."""
+    user, _ = make_user(instance.database_url, "talkative-dialer")
+    register(instance.database_url, ["long"], "long")
+    tags = ["1234567"] * 4_000
+    batch = [
+        Received(parse(encode(make_body("long", message=str(number), tags=tags))), user.api_key_id, number + 1)
+        for number in range(40)
+    ]
+    run_on(instance.database_url, lambda connection: commit_batch(connection, batch))
+    shown = instance.show("long").json()
+    assert shown["updates"] == 40
+    count = MOST_CHARACTERS // len(batch[-1].update.body)
+    assert 1 < count < 40
+    assert [entry["body"]["message"] for entry in shown["history"]] == [str(number) for number in range(40 - count, 40)]
+    report = run_on(instance.database_url, lambda connection: report_transaction(connection, "long", most_characters=1))
+    assert report is not None
+    assert [entry.received_at_ms for entry in report.history] == [40]
 
 
 def test_the_answer_is_as_documented(instance: Instance) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import orjson
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from voicetx import activity, privacy, tallies
 from voicetx.contract import WIRE_NAMES
@@ -51,24 +52,34 @@ class TransactionReport:
 
 
 def report_transaction(
-    connection: Connection, transaction_id: str, *, most_updates: int | None = None
+    connection: Connection,
+    transaction_id: str,
+    *,
+    most_updates: int | None = None,
+    most_characters: int | None = None,
 ) -> TransactionReport | None:
     """Return all that is known of a transaction, or None where it is not registered.
 
-    Of its history only the last `most_updates` that came in, where that is given; `updates` counts all.
+    Of its history only the last `most_updates` that came in, and of those as many as fill `most_characters`, the last
+    of all in any case; where these are given. `updates` counts all.
     """
     row = connection.execute(
         select(voice_transaction).where(voice_transaction.c.transaction_id == transaction_id)
     ).one_or_none()
     if row is None:
         return None
-    history = connection.execute(
+    latest = (
         select(voice_update.c.received_at_ms, voice_update.c.api_key_id, voice_update.c.body, api_user.c.name)
         .select_from(voice_update.outerjoin(api_user, api_user.c.api_key_id == voice_update.c.api_key_id))
         .where(voice_update.c.transaction_id == transaction_id)
         .order_by(voice_update.c.received_at_ms.desc(), voice_update.c.digest.desc())
         .limit(most_updates)
-    ).all()
+    )
+    if most_characters is not None:
+        lengths = connection.execute(latest.with_only_columns(func.length(voice_update.c.body))).scalars()
+        fitting = sum(1 for characters in accumulate(lengths) if characters <= most_characters)
+        latest = latest.limit(max(1, fitting))
+    history = connection.execute(latest).all()
     return TransactionReport(
         transaction_id=row.transaction_id,
         deployment_id=row.deployment_id,

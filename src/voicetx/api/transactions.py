@@ -17,7 +17,8 @@ from voicetx.errors import Refusal, Rejected
 from voicetx.reports import TransactionReport, describe_transaction, mask_transaction, report_transaction
 
 MOST_UPDATES = 1_000
-"""Of a longer history the last ones are shown."""
+MOST_CHARACTERS = 1_048_576
+"""Of a longer history, or one of more text, the last updates are shown."""
 
 router = APIRouter(tags=["Transactions"])
 
@@ -32,17 +33,19 @@ router = APIRouter(tags=["Transactions"])
 )
 @for_users(Grant.TRANSACTIONS_READ)
 async def show_transaction(call: Call) -> Answer:
-    """Answer with a transaction as its updates have made it, and the last 1,000 updates that came in, oldest first.
+    """Answer with a transaction as its updates have made it, and the last updates that came in, oldest first.
 
-    Without the grant transactions:read-personal what is personal is masked: of numbers the last two digits are shown,
-    of digits pressed how many they were.
+    Those are at most 1,000, and as many as fill 1 MiB. Without the grant transactions:read-personal what is personal is
+    masked: of numbers the last two digits are shown, of digits pressed how many they were.
     """
     transaction_id = call.request.path_params["transaction_id"]
     report = None
     # Nothing else was ever registered, and a database may not take it.
     if transaction_id.isascii() and transaction_id.isprintable():
         report = await call.services.store.read(
-            lambda connection: report_transaction(connection, transaction_id, most_updates=MOST_UPDATES)
+            lambda connection: report_transaction(
+                connection, transaction_id, most_updates=MOST_UPDATES, most_characters=MOST_CHARACTERS
+            )
         )
     if report is None:
         raise Rejected(Refusal.NOT_FOUND)
