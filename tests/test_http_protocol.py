@@ -216,13 +216,14 @@ def test_an_offer_to_upgrade_keeps_its_body_wherever_it_is_cut(offered: tuple[st
 
 
 @pytest.fixture(scope="module")
-def offered(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def offered(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Serve an instance; return its address and four requests, three of which offer to upgrade."""
     from platform_side import make_user, register  # noqa: PLC0415 - of one test
-    from servers import Service, run_command  # noqa: PLC0415
+    from servers import Service  # noqa: PLC0415
 
-    url = f"sqlite:///{tmp_path_factory.mktemp('offered') / 'voicetx.db'}"
-    run_command(url, "db", "upgrade")
+    path = tmp_path_factory.mktemp("offered") / "voicetx.db"
+    shutil.copyfile(sqlite_template, path)
+    url = f"sqlite:///{path}"
     _, key = make_user(url)
     register(url, ["tx-1", "tx-2"])
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA")

@@ -12,12 +12,13 @@ from platform_side import make_user, register, run_on
 from servers import PostgreSQL, Service, find_free_port, wait_until
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract import UPDATE_PATH
+from voicetx.migrations import HEAD
 
 
-@pytest.fixture
-def service(database_url: str) -> Iterator[Service]:
-    """Serve an instance."""
-    with Service(database_url) as service:
+@pytest.fixture(scope="module")
+def service(module_database_url: str) -> Iterator[Service]:
+    """Serve an instance for this module's tests; what one of them breaks it repairs."""
+    with Service(module_database_url) as service:
         yield service
 
 
@@ -27,10 +28,10 @@ def read_lines(service: Service) -> list[dict[str, object]]:
     return [line for line in lines if line["event"].startswith("request")]
 
 
-def test_every_request_has_a_line_and_no_line_has_a_secret(service: Service, database_url: str) -> None:
+def test_every_request_has_a_line_and_no_line_has_a_secret(service: Service, module_database_url: str) -> None:
     """A line a request has id, API user, code and milliseconds; keys, tokens, numbers, digits and texts are in none."""
-    user, key = make_user(database_url, "dialer")
-    register(database_url, ["tx-1"])
+    user, key = make_user(module_database_url, "dialer")
+    register(module_database_url, ["line-1"], "lines")
     private = {
         "a-party": "+4915550001",
         "b-party": "+4915550002",
@@ -40,20 +41,27 @@ def test_every_request_has_a_line_and_no_line_has_a_secret(service: Service, dat
         "drop-reason": "private reason",
     }
     with httpx.Client(base_url=service.base_url, headers={"authorization": f"Bearer {key}"}) as client:
-        body = make_body("tx-1") | private
+        body = make_body("line-1") | private
         for number, content in enumerate([encode(body), encode(body | {"call-state": "9"}), b"{" + encode(body)]):
             client.put(UPDATE_PATH, content=content, headers={"x-request-id": f"id-{number}"})
         client.get(f"/{private['a-party']}", headers={"x-request-id": "id-3"})
-        token = client.post(TOKEN_PATH, params={"grant_type": "client_credentials"}, auth=(str(user.api_key_id), key))
-        client.put(UPDATE_PATH, headers={"authorization": "Bearer vsk_guessed-secret"})
-    wait_until(lambda: sum(line["path"] != "/readyz" for line in read_lines(service)) == 6, "Lines are missing")
+        token = client.post(
+            TOKEN_PATH,
+            params={"grant_type": "client_credentials"},
+            auth=(str(user.api_key_id), key),
+            headers={"x-request-id": "id-4"},
+        )
+        client.put(UPDATE_PATH, headers={"authorization": "Bearer vsk_guessed-secret", "x-request-id": "id-5"})
+    ids = [f"id-{number}" for number in range(6)]
+    wait_until(lambda: {line["request_id"] for line in read_lines(service)} >= {*ids}, "Lines are missing")
     lines = {str(line["request_id"]): line for line in read_lines(service)}
-    assert [lines[f"id-{number}"]["code"] for number in range(4)] == [200, 499, 1001, 404]
-    assert [lines[f"id-{number}"]["api_user"] for number in range(4)] == ["dialer", "dialer", "dialer", None]
+    assert [lines[name]["code"] for name in ids[:4]] == [200, 499, 1001, 404]
+    assert [lines[name]["api_user"] for name in ids[:4]] == ["dialer", "dialer", "dialer", None]
     assert all(isinstance(line["milliseconds"], float) for line in lines.values())
     assert lines["id-0"].keys() == {
         "event", "level", "timestamp", "request_id", "method", "path", "api_user", "code", "milliseconds",
     }  # fmt: skip
+    assert [line["request_id"] for line in read_lines(service) if line["request_id"] in ids] == ids
     log = service.log_text()
     for secret in [*private.values(), key, token.json()["access_token"], "guessed-secret"]:
         assert secret not in log
@@ -77,39 +85,57 @@ def test_where_told_only_what_is_to_be_watched_for_is_logged(database_url: str, 
 
 def test_a_log_line_cannot_be_forged(service: Service) -> None:
     """Line breaks and quotes in what a client sends make no line of their own."""
+
+    def codes() -> list[object]:
+        return [line["code"] for line in read_lines(service) if line["path"] == "unknown"]
+
+    before = codes()
     with httpx.Client(base_url=service.base_url) as client:
         client.put('/%0a{"event":"request","code":200}', headers={"x-request-id": 'x"}\t{"y'})
     # The line is written after the answer is sent.
-    wait_until(lambda: any(line["path"] == "unknown" for line in read_lines(service)), "There was no line")
-    assert [line["code"] for line in read_lines(service) if line["path"] == "unknown"] == [404]
+    wait_until(lambda: codes() != before, "There was no line")
+    assert codes() == [*before, 404]
 
 
-def test_an_unforeseen_fault_is_an_answer_and_a_line_without_its_text(service: Service, database_url: str) -> None:
+def test_an_unforeseen_fault_is_an_answer_and_a_line_without_its_text(
+    service: Service, module_database_url: str
+) -> None:
     """A defect or a broken database is 500/500 for the caller, and is logged by kind and place only."""
-    _, key = make_user(database_url)
-    register(database_url, ["tx-1"])
-    run_on(database_url, lambda connection: connection.execute(text("drop table voice_update")))
-    answer = httpx.put(
-        service.base_url + UPDATE_PATH,
-        content=encode(make_body("tx-1", message="private")),
-        headers={"authorization": f"Bearer {key}"},
-    )
+    url = module_database_url
+    _, key = make_user(url, "unlucky")
+    register(url, ["fault-1"], "faults")
+    run_on(url, lambda connection: connection.execute(text("alter table voice_update rename to elsewhere")))
+    try:
+        answer = httpx.put(
+            service.base_url + UPDATE_PATH,
+            content=encode(make_body("fault-1", message="private")),
+            headers={"authorization": f"Bearer {key}"},
+        )
+    finally:
+        run_on(url, lambda connection: connection.execute(text("alter table elsewhere rename to voice_update")))
     assert (answer.status_code, answer.json()) == (500, {"code": 500, "description": "Internal server error"})
     assert answer.headers["retry-after"] == "1"
     assert "private" not in service.log_text()
     assert "update.not_recorded" in service.log_text()
 
 
-def test_health_and_readiness(service: Service, database_url: str) -> None:
+def test_health_and_readiness(service: Service, module_database_url: str) -> None:
     """A live process is healthy; it is ready while its database is at the right schema, and says what is wrong else."""
+
+    def set_version(version: str) -> None:
+        run_on(module_database_url, lambda c: c.execute(text(f"update alembic_version set version_num = '{version}'")))
+
     health = httpx.get(f"{service.base_url}/healthz")
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
     ready = httpx.get(f"{service.base_url}/readyz")
     assert ready.json() == {"status": "ready", "database": "ready", "committer": "running"}
-    run_on(database_url, lambda connection: connection.execute(text("update alembic_version set version_num = 'x'")))
-    ready = httpx.get(f"{service.base_url}/readyz")
-    assert (ready.status_code, ready.json()["database"]) == (503, "schema outdated")
-    assert httpx.get(f"{service.base_url}/healthz").status_code == 200
+    set_version("x")
+    try:
+        ready = httpx.get(f"{service.base_url}/readyz")
+        assert (ready.status_code, ready.json()["database"]) == (503, "schema outdated")
+        assert httpx.get(f"{service.base_url}/healthz").status_code == 200
+    finally:
+        set_version(HEAD)
 
 
 def test_a_database_that_goes_away_and_comes_back() -> None:
@@ -186,10 +212,10 @@ def test_figures_add_up_whichever_process_is_asked(database_url: str, workers: i
 OUTCOMES = ("recorded", "repeated", "unknown")
 
 
-def test_no_figure_names_anybody(service: Service, database_url: str) -> None:
+def test_no_figure_names_anybody(service: Service, module_database_url: str) -> None:
     """What is shown at /metrics holds no transaction id, API user, key, number or path of a client's making."""
-    register(database_url, ["tx-canary"])
-    _, key = make_user(database_url, "user-canary")
+    register(module_database_url, ["tx-canary"], "figures")
+    _, key = make_user(module_database_url, "user-canary")
     body = make_body("tx-canary", a_party="+4955512345")
     with httpx.Client(base_url=service.base_url, headers={"authorization": f"Bearer {key}"}) as client:
         assert client.put(UPDATE_PATH, content=encode(body)).status_code == 200

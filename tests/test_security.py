@@ -11,8 +11,9 @@ from starlette.routing import Mount
 
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on
-from servers import Service, run_command, wait_until
+from servers import Service, wait_until
 from test_app import connect, running_app
+from test_cli import invoke
 from voicetx import auth
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.pages import _allow
@@ -211,7 +212,7 @@ async def test_known_credentials_take_bounded_memory(database_url: str, monkeypa
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_no_client_writes_lines_of_the_log(database_url: str, log_format: str) -> None:
     """Line breaks in paths, methods, headers and names make no further line, in either format."""
-    assert run_command(database_url, "user", "add", "a\nforged", "--grant", "transactions:update").returncode == 0
+    assert invoke(database_url, "user", "add", "a\nforged", "--grant", "transactions:update").returncode == 0
     _, key = make_user(database_url, "b\r\nforged line")
     with Service(database_url, environment={"VOICETX_LOG_FORMAT": log_format}) as service:
         headers = {"authorization": f"Bearer {key}", "x-request-id": "x\tforged"}

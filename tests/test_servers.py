@@ -311,11 +311,21 @@ def test_a_free_port_is_one_that_nobody_listens_on(monkeypatch: pytest.MonkeyPat
     assert find_free_port() == taken
 
 
+class Silent(Service):
+    """A program in the place of the service, which says nothing by itself."""
+
+    def _command(self) -> list[str | Path]:
+        return [sys.executable, "-c", "import signal; signal.pause()"]
+
+    def _is_ready(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("secret", ["vsk_" + "x" * 43, "vat_" + "-" * 43, "+4915550009"])
 def test_a_log_with_a_secret_fails_its_test(tmp_path: Path, secret: str) -> None:
     """A served program that logs a credential, or a number that a test has sent, fails that test when it ends."""
     encode({"a-party": "+4915550009"})
-    service = Service(f"sqlite:///{tmp_path / 'voicetx.db'}")
+    service = Silent(f"sqlite:///{tmp_path / 'voicetx.db'}")
     with pytest.raises(AssertionError, match="what nobody may read"), service, service._log.open("a") as log:
         log.write(f'{{"event": "oops", "x": "{secret}"}}\n')
     assert not service._folder.exists()

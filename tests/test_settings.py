@@ -1,17 +1,18 @@
 """The settings: every one documented, described and bounded, and a bad value refused with a sentence that names it."""
 
 import math
+import os
 import re
 import subprocess
-import sys
 from enum import Enum
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from annotated_types import Ge, Le, MaxLen, MinLen
 from pydantic import AfterValidator, ValidationError
 
-from servers import clean_environment
+from test_cli import invoke
 from voicetx.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -137,13 +138,9 @@ BAD_VALUES = [
 
 def check_database(**variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command that reads the settings, in the test's own folder, where it finds the test's `.env`."""
-    return subprocess.run(
-        [sys.executable, "-m", "voicetx", "db", "check"],
-        env=clean_environment("sqlite:///calls.db", **variables),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    given = {"VOICETX_DATABASE_URL": "sqlite:///calls.db"} | variables
+    with mock.patch.dict(os.environ, given):
+        return invoke(given["VOICETX_DATABASE_URL"], "db", "check")
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES)

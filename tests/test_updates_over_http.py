@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from bodies import GONE, TROMBONE, encode, make_body, updates_of
 from platform_side import make_user, register, run_on, show
-from servers import Service, run_command, wait_until
+from servers import Service, wait_until
+from test_cli import invoke
 from test_contract import BAD_VALUES, GOOD_VALUES, NOT_JSON
 from voicetx import auth
 from voicetx.auth import Grant
@@ -182,7 +183,7 @@ def test_every_fault_is_named_in_body_order(instance: Instance) -> None:
 def test_unknown_transaction(instance: Instance) -> None:
     """An id that nobody registered is 1010 with HTTP 200, and leaves nothing behind."""
     check_refusal(instance.send(make_body("nobody")), Refusal.NOT_PROCESSED, [])
-    assert run_command(instance.database_url, "transaction", "show", "nobody").returncode == 1
+    assert invoke(instance.database_url, "transaction", "show", "nobody").returncode == 1
 
 
 @pytest.mark.parametrize(
