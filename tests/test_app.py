@@ -57,6 +57,13 @@ async def served_app(database_url: str, **values: Any) -> AsyncIterator[tuple[Fa
             await task
 
 
+@pytest.fixture(scope="module")
+async def served(module_database_url: str, anyio_backend: str) -> AsyncIterator[tuple[FastAPI, str, str]]:
+    """Serve an application for the tests that need no settings of their own; return its address and a secret key."""
+    async with served_app(module_database_url) as served:
+        yield served
+
+
 def count_requests_to(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that grows with each request to the update path that gets to the application."""
     paths: list[str] = []
@@ -93,20 +100,20 @@ REQUESTS = [
 ]
 
 
-async def test_the_application_answers_as_the_short_way_does(database_url: str) -> None:
+async def test_the_application_answers_as_the_short_way_does(served: tuple[FastAPI, str, str]) -> None:
     """Any ASGI client of the FastAPI application gets the answers that a dialer gets, headers included."""
-    async with served_app(database_url) as (app, address, key):
-        for method, path, content in REQUESTS:
-            for credential in [key, "vsk_unknown"]:
-                headers = {"authorization": f"Bearer {credential}", "x-request-id": "the-same"}
-                answers = []
-                for client in [httpx.AsyncClient(base_url=address), connect(app)]:
-                    async with client:
-                        answer = await client.request(method, path, content=content, headers=headers)
-                    allow = sorted(answer.headers.pop("allow", "").split(", "))
-                    answer.headers.pop("date", None)
-                    answers.append((answer.status_code, answer.content, allow, sorted(answer.headers.items())))
-                assert answers[0] == answers[1]
+    app, address, key = served
+    for method, path, content in REQUESTS:
+        for credential in [key, "vsk_unknown"]:
+            headers = {"authorization": f"Bearer {credential}", "x-request-id": "the-same"}
+            answers = []
+            for client in [httpx.AsyncClient(base_url=address), connect(app)]:
+                async with client:
+                    answer = await client.request(method, path, content=content, headers=headers)
+                allow = sorted(answer.headers.pop("allow", "").split(", "))
+                answer.headers.pop("date", None)
+                answers.append((answer.status_code, answer.content, allow, sorted(answer.headers.items())))
+            assert answers[0] == answers[1]
 
 
 async def test_updates_go_the_short_way(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,14 +173,16 @@ async def test_pipelined_updates_are_answered_in_order(database_url: str) -> Non
                     assert number == 4 or answer.endswith(f'{{"transaction-id":"tx-{number}"}}'.encode())
 
 
-async def test_a_body_that_comes_slowly_is_waited_for(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_comes_slowly_is_waited_for(
+    served: tuple[FastAPI, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A body that takes longer than a moment is waited for on the way of every request, and its update recorded."""
     monkeypatch.setattr("voicetx.http_protocol._PATIENCE_SECONDS", 0)
-    async with served_app(database_url) as (app, address, key):
-        paths = count_requests_to(app, monkeypatch)
-        async with pieces(address, key, encode(make_body("tx-3"))) as answers:
-            assert b" 200 " in answers[0]
-        assert paths == [UPDATE_PATH]
+    app, address, key = served
+    paths = count_requests_to(app, monkeypatch)
+    async with pieces(address, key, encode(make_body("tx-3"))) as answers:
+        assert b" 200 " in answers[0]
+    assert paths == [UPDATE_PATH]
 
 
 async def test_a_long_body_is_refused_before_it_is_whole(database_url: str) -> None:
@@ -201,44 +210,44 @@ async def test_a_route_that_came_through_a_router_is_throttled(database_url: str
 
 
 async def test_an_unforeseen_exception_is_answered_in_the_contracts_shape(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+    served: tuple[FastAPI, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes wrong inside, on whichever route, the caller gets 500/500 and a request id."""
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    async with served_app(database_url) as (app, address, key):
-        monkeypatch.setattr("voicetx.api.updates.parse", fail)
-        monkeypatch.setattr("voicetx.migrations.check", fail)
-        for client in [httpx.AsyncClient(base_url=address), connect(app)]:
-            async with client:
-                for method, path in [("PUT", UPDATE_PATH), ("GET", "/readyz"), ("PUT", UPDATE_PATH)]:
-                    answer = await client.request(method, path, headers={"authorization": f"Bearer {key}"})
-                    assert answer.json() == {"code": 500, "description": "Internal server error"}
-                    assert (answer.status_code, bool(answer.headers["x-request-id"])) == (500, True)
+    app, address, key = served
+    monkeypatch.setattr("voicetx.api.updates.parse", fail)
+    monkeypatch.setattr("voicetx.migrations.check", fail)
+    for client in [httpx.AsyncClient(base_url=address), connect(app)]:
+        async with client:
+            for method, path in [("PUT", UPDATE_PATH), ("GET", "/readyz"), ("PUT", UPDATE_PATH)]:
+                answer = await client.request(method, path, headers={"authorization": f"Bearer {key}"})
+                assert answer.json() == {"code": 500, "description": "Internal server error"}
+                assert (answer.status_code, bool(answer.headers["x-request-id"])) == (500, True)
 
 
-async def test_a_client_that_hangs_up_in_its_body_harms_nobody(database_url: str) -> None:
+async def test_a_client_that_hangs_up_in_its_body_harms_nobody(served: tuple[FastAPI, str, str]) -> None:
     """A request that ends before its body does is dropped without an answer."""
-    async with running_app(database_url) as (app, _, key):
-        sent: list[Any] = []
-        messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    app, _, key = served
+    sent: list[Any] = []
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
-        async def receive() -> Any:
-            return next(messages)
+    async def receive() -> Any:
+        return next(messages)
 
-        async def send(message: Any) -> None:
-            sent.append(message)
+    async def send(message: Any) -> None:
+        sent.append(message)
 
-        scope = {
-            "type": "http", "method": "PUT", "path": UPDATE_PATH, "raw_path": UPDATE_PATH.encode(),
-            "query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1",
-            "headers": [(b"authorization", f"Bearer {key}".encode())], "client": ("127.0.0.1", 1),
-            "server": ("voicetx", 80), "asgi": {"version": "3.0"}, "extensions": {}, "state": {},
-        }  # fmt: skip
-        await app(scope, receive, send)
-        assert sent == []
+    scope = {
+        "type": "http", "method": "PUT", "path": UPDATE_PATH, "raw_path": UPDATE_PATH.encode(),
+        "query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1",
+        "headers": [(b"authorization", f"Bearer {key}".encode())], "client": ("127.0.0.1", 1),
+        "server": ("voicetx", 80), "asgi": {"version": "3.0"}, "extensions": {}, "state": {},
+    }  # fmt: skip
+    await app(scope, receive, send)
+    assert sent == []
 
 
 async def test_a_body_that_does_not_come_is_408(database_url: str) -> None:

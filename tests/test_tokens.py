@@ -47,8 +47,9 @@ def instance(module_database_url: str) -> Iterator[Instance]:
     """Serve an instance for this module's tests."""
     user, key = make_user(module_database_url, grants=[Grant.TRANSACTIONS_UPDATE, Grant.TRANSACTIONS_READ])
     register(module_database_url, ["tx-1"])
+    settings = {"VOICETX_SIGN_IN_THROTTLE": "100000/minute", "VOICETX_CREDENTIAL_CACHE_SECONDS": "0.5"}
     with (
-        Service(module_database_url, environment={"VOICETX_SIGN_IN_THROTTLE": "100000/minute"}) as service,
+        Service(module_database_url, environment=settings) as service,
         httpx.Client(base_url=service.base_url, timeout=30) as client,
     ):
         yield Instance(module_database_url, client, user, key)
