@@ -109,19 +109,18 @@ def simulate(campaign: Campaign, transaction_ids: Iterable[str]) -> Iterator[Sen
 
     Every update keeps the contract's rules; of an id that does not, `Rejected` is raised.
     """
-    calls, mishaps = (Random(f"{campaign.seed} {what}") for what in ("calls", "mishaps"))  # noqa: S311 - no secret
+    random = Random(campaign.seed)  # noqa: S311 - no secret
     waiting: list[tuple[float, int, Sending]] = []
     drawn = 0
     for number, transaction_id in enumerate(transaction_ids):
         # Nothing that is still to be drawn is sent before this.
         while waiting and waiting[0][0] < number / campaign.rate:
             yield heapq.heappop(waiting)[2]
-        begins = (number + calls.random()) / campaign.rate
-        reports = _draw_call(calls, campaign)
+        begins = (number + random.random()) / campaign.rate
+        reports = _draw_call(random, campaign)
         updates = [_write(campaign, transaction_id, begins, reports[-1].ends, report) for report in reports]
-        for sending in _schedule(
-            mishaps, campaign, [begins + report.ends / campaign.speed for report in reports], updates
-        ):
+        due = [begins + report.ends / campaign.speed for report in reports]
+        for sending in _schedule(random, campaign, due, updates):
             heapq.heappush(waiting, (sending.at_seconds, drawn, sending))
             drawn += 1
     while waiting:
@@ -212,6 +211,7 @@ def _schedule(random: Random, campaign: Campaign, due: list[float], updates: lis
     """Yield a call's sendings, in no order, each at its due time or with a mishap."""
     following: float | None = None
     for moment, update in zip(reversed(due), reversed(updates), strict=True):
+        # As many draws whatever the shares, or other shares would make other calls.
         is_late, is_out_of_order, is_repeated = (
             random.random() < share for share in (campaign.late, campaign.out_of_order, campaign.repeated)
         )

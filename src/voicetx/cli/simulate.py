@@ -5,7 +5,6 @@ What the calls are is the business of `voicetx.simulation`.
 """
 
 import asyncio
-import math
 import os
 import random
 import statistics
@@ -45,6 +44,7 @@ _RECEIPTS_PATH = "/api/v1/receipts"
 _CHUNK = 10_000  # as many as the service mints, or gives receipts for, at once
 _TIMEOUT_SECONDS = 30
 _LONGEST_PAUSE_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0
 _REFRESH_SECONDS = 0.25
 _RATE_SECONDS = 5
 _KEEP_SECONDS = 3.0
@@ -116,10 +116,9 @@ class _Service:
     def give_up(self, response: "httpx.Response") -> CommandError:
         """Return the sentence with which one gives up after an answer."""
         code, description = _read_refusal(response) or (response.status_code, "is it voicetx?")
-        faults: list[dict[str, str]] = []
-        with suppress(ValueError, TypeError, AttributeError):
-            faults = response.json().get("errors", [])
-        reasons = "".join(f"; {fault['field']} {fault['reason']}" for fault in faults)
+        reasons = ""
+        with suppress(ValueError, KeyError, TypeError):
+            reasons = "".join(f"; {fault['field']} {fault['reason']}" for fault in response.json()["errors"])
         return CommandError(f"{response.url} answered {code}: {description}{reasons}")
 
     def _be_patient(self, obstacle: str, pause_seconds: float) -> None:
@@ -236,7 +235,7 @@ def simulate(  # noqa: PLR0913 - an option each
     time_zone: Annotated[str, typer.Option(help="The API user's time zone, in which call times are written.")] = "UTC",
     patience_seconds: Annotated[
         float, typer.Option("--patience", min=0, help="How many seconds to try while nothing gets through.")
-    ] = 60.0,
+    ] = _PATIENCE_SECONDS,
     answered: Annotated[float, _share("attempts that are answered")] = Campaign.answered,
     pressed: Annotated[float, _share("answered calls in which keys are pressed")] = Campaign.pressed,
     transferred: Annotated[float, _share("answered calls that are transferred")] = Campaign.transferred,
@@ -263,7 +262,7 @@ def simulate(  # noqa: PLR0913 - an option each
     try:
         zone = ZoneInfo(check_time_zone(time_zone))
     except ValueError as error:
-        raise CommandError(f"{str(error).capitalize()}.") from error
+        raise CommandError(f"{time_zone}: {error}.") from error
     seed = random.randrange(1_000_000) if seed is None else seed  # noqa: S311 - no secret
 
     def plan() -> Campaign:
@@ -477,7 +476,7 @@ def ring_on() -> None:
 
     async def run() -> None:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, 0)  # nobody waits for a farewell
-        async with _connect(address, secret_key, _LIVE_CONNECTIONS, math.inf) as service:
+        async with _connect(address, secret_key, _LIVE_CONNECTIONS, _PATIENCE_SECONDS) as service:
             while True:
                 now = datetime.now(ZoneInfo(time_zone))
                 ids = await _mint(service, f"live-{now:%Y%m%d-%H%M%S}", f"Simulated at {now:%H:%M}", _LIVE_CALLS)
