@@ -1,5 +1,6 @@
 """The command line: what it prints for people and programs, and a sentence for everything that goes wrong."""
 
+import csv
 import io
 import json
 import os
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
 from uuid import uuid4
@@ -21,11 +24,13 @@ from sqlalchemy import Connection
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on, show
 from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, run_command, wait_until
+from voicetx import activity, tallies
 from voicetx.cli import main
 from voicetx.contract import parse
 from voicetx.deployments import list_deployments
 from voicetx.recording import commit_batch
 from voicetx.store import Received
+from voicetx.tallies import Measure
 
 
 def invoke(database_url: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -235,6 +240,112 @@ def test_minted_ids_are_registered_and_printed(database_url: str) -> None:
     assert {show(database_url, name).deployment_id for name in ids} == {"campaign"}
     listed = json.loads(run(database_url, "deployment", "list", "--json"))
     assert [(row["id"], row["transactions"]) for row in listed] == [("campaign", 5)]
+
+
+def report_some(database_url: str) -> list[dict[str, object]]:
+    """Make a deployment of four, of which two were reported, one of them finished; return the updates."""
+    user, _ = make_user(database_url, "dial\ner")
+    register(database_url, [f"tx-{number}" for number in range(4)])
+    bodies = [
+        make_body("tx-0", dtmf_digits="12", a_party="+1 555 0100", times_attempted="1"),
+        make_body("tx-2", call_state="3", drop_code="2020"),
+    ]
+    batch = [Received(parse(encode(body)), user.api_key_id, 90_000) for body in bodies]
+    run_on(database_url, lambda c: commit_batch(c, batch))
+    return bodies
+
+
+def test_a_deployment_is_shown_with_its_numbers(database_url: str) -> None:
+    """The report is shown in tables for people and whole in JSON, in the time zone asked for."""
+    report_some(database_url)
+    shown = json.loads(run(database_url, "deployment", "show", "campaign", "--time-zone", "Asia/Kolkata", "--json"))
+    assert [shown[name] for name in ("id", "transactions", "reported")] == ["campaign", 4, 2]
+    assert shown["report"]["unreported"] == 2
+    assert shown["report"]["updates_by_minute"] == [{"minute": "1970-01-01T05:31+05:30", "updates": 2}]
+    text = run(database_url, "deployment", "show", "campaign", "--time-zone", "Asia/Kolkata")
+    for line in (
+        "reported      2 (1 unfinished, 0 inconsistent)",
+        "answered      1 (100.0% of those finished)",
+        "talk          1, 60 s in all, median 60 s, nine in ten within 60 s",
+        "transfers     none",
+        "updates       2, 1970-01-01T05:31+05:30 to 1970-01-01T05:31+05:30, at most 2 a minute",
+    ):
+        assert line in text
+    assert re.search(r"^2005 success - success +1$", text, re.MULTILINE)
+    assert re.search(r"^dial\\ner +2$", text, re.MULTILINE)
+    assert "Europe/Berlin" in fail(database_url, "deployment", "show", "campaign", "--time-zone", "Mars/Olympus")
+    run(database_url, "deployment", "create", "empty")
+    assert "updates       0" in run(database_url, "deployment", "show", "empty")
+
+
+def test_missing_outcomes_are_listed(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those never reported or unfinished are listed for people and as NDJSON, of any length, older than asked."""
+    monkeypatch.setattr("voicetx.cli.listings._ROWS_A_PAGE", 2)
+    report_some(database_url)
+    done = invoke(database_url, "deployment", "missing", "campaign")
+    assert [line.split()[-1] for line in done.stdout.splitlines()[1:]] == ["tx-1", "tx-2", "tx-3"]
+    assert "The outcome of 3 transactions of campaign is missing." in done.stderr
+    lines = run(database_url, "deployment", "missing", "campaign", "--json").splitlines()
+    assert [json.loads(line)["transaction-id"] for line in lines] == ["tx-1", "tx-2", "tx-3"]
+    (line,) = run(database_url, "deployment", "missing", "campaign", "--older-than", "30m", "--json").splitlines()
+    assert json.loads(line)["transaction-id"] == "tx-2"
+    assert "minutes, hours or days" in fail(database_url, "deployment", "missing", "campaign", "--older-than", "2w")
+    assert "no deployment nowhere" in fail(database_url, "deployment", "missing", "nowhere")
+
+
+def test_a_deployment_is_exported(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export has every transaction, unmasked, as NDJSON and as CSV without formulas; filters leave some out."""
+    monkeypatch.setattr("voicetx.cli.listings._ROWS_A_PAGE", 2)
+    bodies = report_some(database_url)
+    rows = [json.loads(line) for line in run(database_url, "deployment", "export", "campaign").splitlines()]
+    assert [row["transaction-id"] for row in rows] == [f"tx-{number}" for number in range(4)]
+    assert rows[0].items() >= bodies[0].items()
+    text = run(database_url, "deployment", "export", "campaign", "--format", "csv")
+    table = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert len(table) == 4
+    assert (table[0]["a-party"], table[0]["finished"], table[1]["call-state"]) == ("'+1 555 0100", "true", "")
+    for options, count in (
+        (("--call-state", "5"), 1),
+        (("--drop-code", "2020"), 1),
+        (("--unreported",), 2),
+        (("--reported", "--unfinished", "--consistent"), 1),
+        (("--updated-since", "2100-01-01T00:00:00Z"), 0),
+    ):
+        assert len(run(database_url, "deployment", "export", "campaign", *options).splitlines()) == count
+    assert "an instant is written" in fail(database_url, "deployment", "export", "campaign", "--updated-since", "today")
+    assert "no deployment nowhere" in fail(database_url, "deployment", "export", "nowhere")
+
+
+def test_receipts_name_what_is_to_be_sent_again(database_url: str) -> None:
+    """Of ids, and ids with digests, the lines of those not held are printed; lines that are neither are named."""
+    bodies = report_some(database_url)
+    held, other = parse(encode(bodies[0])).digest.hex(), "0" * 32
+    text = f"tx-0\n\ntx-0,{held}\ntx-0,{other}\ntx-1\nnobody\n"
+    done = invoke(database_url, "deployment", "receipts", "-", text=text)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"tx-0,{other}", "tx-1", "nobody"])
+    assert done.stderr == "3 of 5 are not held.\n"
+    lines = run(database_url, "deployment", "receipts", "-", "--json", text="tx-2\nnobody\n").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"transaction-id": "tx-2", "registered": True, "updates": 1, "held": True},
+        {"transaction-id": "nobody", "registered": False, "updates": 0, "held": False},
+    ]
+    assert "All of 1 are held." in invoke(database_url, "deployment", "receipts", "-", text="tx-2\n").stderr
+    done = invoke(database_url, "deployment", "receipts", "-", text="two words\ntx-0\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "line 1: no transaction id" in done.stderr
+
+
+def test_what_users_did_is_shown(database_url: str) -> None:
+    """What became of each API user's calls is shown in a table and in JSON."""
+    user, _ = make_user(database_url)
+    items = {"recorded": 3, "repeated": 2, "code-1002": 1_000}
+    today = datetime.now(UTC).date()
+    counts = Counter({(Measure.USER, f"{user.api_key_id.hex}.{what}.{today}"): n for what, n in items.items()})
+    run_on(database_url, lambda c: tallies.add(c, activity.DEPLOYMENT, counts))
+    assert json.loads(run(database_url, "user", "activity", "--json")) == [
+        {"api_user": "dialer", "recorded": 3, "repeated": 2, "stale": 0, "refused": {"1002": 1000}}
+    ]
+    assert re.search(r"^dialer +3 +2 +0 +1002: 1,000 *$", run(database_url, "user", "activity"), re.MULTILINE)
 
 
 def test_a_terminal_is_not_steered_by_what_a_dialer_sent(sqlite_url: str) -> None:

@@ -65,7 +65,7 @@ class Line:
 
 def create_deployment(connection: Connection, deployment_id: str, name: str | None) -> None:
     """Make a deployment; raises `DeploymentError` for an id that is none, `DeploymentTaken` for one that is taken."""
-    if not _is_id(deployment_id):
+    if not is_id(deployment_id):
         raise DeploymentError("A deployment id has 1 to 128 visible ASCII characters.")
     if name is not None and not is_name(name.strip()):
         raise DeploymentError("A deployment's name has 1 to 256 printable characters.")
@@ -78,6 +78,15 @@ def create_deployment(connection: Connection, deployment_id: str, name: str | No
             created_at_ms=time.time_ns() // 1_000_000,
         )
     )
+
+
+def is_id(text: str) -> bool:
+    """Say whether a transaction or a deployment may have this id."""
+    try:
+        _TRANSACTION_ID.validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def is_name(text: str) -> bool:
@@ -268,17 +277,9 @@ def _read_json_line(number: int, line: str) -> Line:
 
 def _judge(number: int, text: str) -> Line:
     transaction_id = text.strip()
-    if _is_id(transaction_id):
+    if is_id(transaction_id):
         return Line(number, transaction_id)
     return Line(number, None, f"{_FIELD} must be 1 to 128 visible ASCII characters")
-
-
-def _is_id(text: str) -> bool:
-    try:
-        _TRANSACTION_ID.validate_python(text)
-    except ValidationError:
-        return False
-    return True
 
 
 def _exists(connection: Connection, deployment_id: str) -> bool:

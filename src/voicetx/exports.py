@@ -16,7 +16,7 @@ import orjson
 
 from voicetx import privacy
 from voicetx.contract import WIRE_NAMES
-from voicetx.listings import ListedTransaction
+from voicetx.listings import ListedTransaction, Receipt
 from voicetx.reports import format_time
 
 _COLUMNS = (*WIRE_NAMES.values(), "inconsistent", "finished", "updates", "registered_at", "updated_at")
@@ -47,6 +47,16 @@ def describe_listed(row: ListedTransaction) -> dict[str, Any]:
         "updates": row.updates,
         "registered_at": format_time(row.registered_at_ms),
         "updated_at": format_time(row.updated_at_ms) if row.updated_at_ms is not None else None,
+    }
+
+
+def describe_receipt(receipt: Receipt) -> dict[str, Any]:
+    """Return a receipt as JSON shows it."""
+    return {
+        "transaction-id": receipt.transaction_id,
+        "registered": receipt.is_registered,
+        "updates": receipt.updates,
+        "held": receipt.is_held,
     }
 
 

@@ -5,6 +5,7 @@ A deployment's numbers come from the tallies, so that a million transactions cos
 defined: docs/reports.md.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,9 @@ from voicetx.schema import FIELD_NAMES, api_user, deployment, voice_transaction,
 from voicetx.tallies import ANSWERED_STATES, Counts, Measure
 
 _MINUTE_MS = 60_000
+_INSTANT = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,13 @@ def format_time(milliseconds: int, time_zone: tzinfo = UTC) -> str:
     """Return an instant as RFC 3339 in UTC or another time zone, to the millisecond."""
     instant = datetime.fromtimestamp(milliseconds / 1000, time_zone)
     return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def read_time(text: str) -> int:
+    """Return an instant of RFC 3339 in milliseconds; raises ValueError for a text that is none."""
+    if _INSTANT.fullmatch(text) is None:
+        raise ValueError("an instant is written like 2026-01-31T08:00:00Z")
+    return int(datetime.fromisoformat(text.upper()).timestamp() * 1000)
 
 
 class Meaning(StrEnum):

@@ -9,7 +9,6 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -34,6 +33,7 @@ from voicetx.auth import Grant
 from voicetx.contract import DropCode, TransactionId
 from voicetx.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
 from voicetx.listings import Filters, ListedTransaction, Page, list_transactions
+from voicetx.reports import read_time
 
 router = APIRouter(tags=["Transactions"])
 
@@ -45,22 +45,12 @@ _MEDIA_TYPES = {
     ExportFormat.NDJSON: "application/x-ndjson",
 }
 _UNSAFE = re.compile(r"[^A-Za-z0-9-]+")
-_WHEN = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
-)
 
 
 def _read_truth(text: str) -> bool:
     if text not in _TRUTH:
         raise ValueError("neither true nor false")
     return _TRUTH[text]
-
-
-def _read_time(text: str) -> int:
-    """Return an instant in milliseconds; raises ValueError for a text that is none."""
-    if _WHEN.fullmatch(text) is None:
-        raise ValueError("no instant")
-    return int(datetime.fromisoformat(text.upper()).timestamp() * 1000)
 
 
 def _truth(which: str) -> Any:
@@ -100,7 +90,7 @@ class FilterQuery(_Listed):
             description="an instant as RFC 3339 has it, such as 2026-01-31T08:00:00Z (a plus sign is sent as %2B)",
             examples=["2026-01-31T08:00:00Z"],
         ),
-        BeforeValidator(_read_time),
+        BeforeValidator(read_time),
         WithJsonSchema({"type": "string", "format": "date-time"}),
     ] = None
 

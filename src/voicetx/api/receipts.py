@@ -5,19 +5,18 @@ Answered from what is committed, never from what is under way. Knows HTTP; what 
 
 import asyncio
 import re
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import TypeAdapter, ValidationError
 
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users, read_json
 from voicetx.api.openapi_programs import RECEIPTS_REQUEST, describe_receipts
 from voicetx.auth import Grant
-from voicetx.contract import TransactionId
+from voicetx.deployments import is_id
 from voicetx.errors import Fault, Refusal, Rejected
+from voicetx.exports import describe_receipt
 from voicetx.listings import Receipt, find_receipts
 
 RECEIPTS_PATH = "/api/v1/receipts"
@@ -30,7 +29,6 @@ _AT_ONCE = 500  # looked at, and looked up: then others have their turn
 _MOST_FAULTS = 100
 _RULE = "must be a transaction id, or an object with a transaction-id and a digest of 32 hexadecimal digits"
 
-_ids = TypeAdapter(TransactionId)
 _DIGEST = re.compile("[0-9a-fA-F]{32}")
 
 router = APIRouter(tags=["Updates"])
@@ -70,7 +68,7 @@ async def answer_receipts(call: Call) -> Answer:
     receipts: list[Receipt] = []
     for start in range(0, len(wanted), _AT_ONCE):
         receipts += await call.services.store.read(partial(find_receipts, wanted=wanted[start : start + _AT_ONCE]))
-    return await answer_json(partial(describe_receipts_found, receipts))
+    return await answer_json(lambda: {"receipts": [describe_receipt(receipt) for receipt in receipts]})
 
 
 def _read_item(item: Any) -> tuple[str, bytes | None] | None:
@@ -83,23 +81,6 @@ def _read_item(item: Any) -> tuple[str, bytes | None] | None:
         item = item.get("transaction-id")
         if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
             return None
-    try:
-        transaction_id = _ids.validate_python(item, strict=True)
-    except ValidationError:
+    if not (isinstance(item, str) and is_id(item)):
         return None
-    return transaction_id, bytes.fromhex(digest) if digest is not None else None
-
-
-def describe_receipts_found(receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """Return receipts as JSON shows them."""
-    return {
-        "receipts": [
-            {
-                "transaction-id": receipt.transaction_id,
-                "registered": receipt.is_registered,
-                "updates": receipt.updates,
-                "held": receipt.is_held,
-            }
-            for receipt in receipts
-        ]
-    }
+    return item, bytes.fromhex(digest) if digest is not None else None

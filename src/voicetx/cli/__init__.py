@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from voicetx.auth import AdministrationError
-from voicetx.cli import database, deployments, retention, send, serve, simulate, transactions, users
+from voicetx.cli import database, deployments, listings, retention, send, serve, simulate, transactions, users
 from voicetx.cli.output import CommandError, complain
 from voicetx.deployments import DeploymentError
 from voicetx.migrations import SchemaOutdated
@@ -30,6 +30,9 @@ app.command("simulate")(simulate.simulate)
 app.add_typer(database.app, name="db", help="The database: its schema, and a backup.")
 app.add_typer(users.users, name="user", help="API users and what they may do.")
 app.add_typer(users.keys, name="key", help="The secret keys of API users.")
+deployments.app.command("missing")(listings.list_missing)
+deployments.app.command("export")(listings.export)
+deployments.app.command("receipts")(listings.find_held)
 app.add_typer(deployments.app, name="deployment", help="Deployments and their transactions.")
 app.add_typer(transactions.app, name="transaction", help="Transactions and their history.")
 app.command("purge")(retention.purge)

@@ -1,18 +1,39 @@
 """`voicetx deployment`: make campaign runs and register their transactions, by file or by number."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar
+from zoneinfo import ZoneInfo
 
 import typer
 from sqlalchemy import Connection
 
 from voicetx import deployments
-from voicetx.cli.output import AsJson, complain, follow_progress, print_json, print_table, run_on_store, write
+from voicetx.cli.output import (
+    AsJson,
+    CommandError,
+    complain,
+    follow_progress,
+    print_json,
+    print_table,
+    printable,
+    run_on_store,
+    write,
+)
 from voicetx.deployments import Deployment, FileFormat, Line
-from voicetx.reports import format_time
+from voicetx.reports import (
+    CALL_STATES,
+    DROP_CODES,
+    DeploymentReport,
+    Durations,
+    describe_deployment,
+    format_minute,
+    format_time,
+    report_deployment,
+)
+from voicetx.settings import Settings, check_time_zone
 from voicetx.store import Store
 
 T = TypeVar("T")
@@ -54,14 +75,84 @@ def list_all(as_json: AsJson = False) -> None:
 
 
 @app.command("show")
-def show(deployment_id: Id, as_json: AsJson = False) -> None:
-    """Show a deployment: how many transactions it has, and of how many something was reported."""
-    row = _describe(write(lambda connection: deployments.find_deployment(connection, deployment_id)))
+def show(
+    deployment_id: Id,
+    time_zone: Annotated[str | None, typer.Option(help="Where its times are read, such as Europe/Berlin.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a deployment's numbers; docs/reports.md says how each is defined."""
+    zone = _find_zone(time_zone)
+
+    def work(connection: Connection) -> tuple[Deployment, DeploymentReport | None]:
+        return deployments.find_deployment(connection, deployment_id), report_deployment(connection, deployment_id)
+
+    found, report = write(work)
+    assert report is not None  # noqa: S101 - it was found
     if as_json:
-        print_json(row)
-        return
-    for name, value in row.items():
+        print_json({**_describe(found), "report": describe_deployment(report, zone)})
+    else:
+        _print_report(report, zone)
+
+
+def _find_zone(time_zone: str | None) -> ZoneInfo:
+    try:
+        return ZoneInfo(check_time_zone(time_zone) if time_zone is not None else Settings().timezone)
+    except ValueError as error:
+        raise CommandError(f"That won't do: {error}.") from error
+
+
+def _print_report(report: DeploymentReport, zone: ZoneInfo) -> None:
+    rate = report.answer_rate
+    for name, value in (
+        ("id", report.deployment_id),
+        ("name", printable(report.name)),
+        ("created_at", format_time(report.created_at_ms, zone)),
+        ("transactions", f"{report.transactions:,}"),
+        ("reported", f"{report.reported:,} ({report.unfinished:,} unfinished, {report.inconsistent:,} inconsistent)"),
+        ("unreported", f"{report.unreported:,}"),
+        ("answered", f"{report.answered:,}" + (f" ({rate:.1%} of those finished)" if rate is not None else "")),
+        ("talk", _tell(report.talk)),
+        ("transfers", _tell(report.transfers)),
+        ("updates", f"{report.updates:,}{_tell_minutes(report.updates_by_minute, zone)}"),
+    ):
         typer.echo(f"{name:<14}{value}")
+    tables: list[tuple[str, Sequence[tuple[Any, ...]]]] = [
+        ("meaning", list(report.meanings.items())),
+        ("call-state", [(f"{state} {CALL_STATES[state]}", count) for state, count in report.by_call_state.items()]),
+        (
+            "drop-code",
+            [(f"{code} {' - '.join(DROP_CODES[code])}", count) for code, count in report.by_drop_code.items()],
+        ),
+        ("times-attempted", list(report.attempts.items())),
+        ("key pressed", list(report.key_presses.items())),
+    ]
+    for title, counts in tables:
+        _print_counts(title, "transactions" if title != "key pressed" else "presses", counts)
+    _print_counts("API user", "updates", [(printable(name), count) for name, count in report.senders.items()])
+
+
+def _print_counts(title: str, what: str, counts: Iterable[tuple[Any, ...]]) -> None:
+    rows = [{title: item, what: f"{count:,}"} for item, count in counts if count]
+    if rows:
+        typer.echo()
+        print_table((title, what), rows, right={what})
+
+
+def _tell(durations: Durations) -> str:
+    if not durations.count:
+        return "none"
+    return (
+        f"{durations.count:,}, {durations.total_seconds:,} s in all, median {durations.median_seconds:,} s,"
+        f" nine in ten within {durations.p90_seconds:,} s"
+    )
+
+
+def _tell_minutes(updates: Mapping[int, int], zone: ZoneInfo) -> str:
+    if not updates:
+        return ""
+    busiest = max(updates, key=lambda minute: updates[minute])
+    first, last, most = (format_minute(minute, zone) for minute in (min(updates), max(updates), busiest))
+    return f", {first} to {last}, at most {updates[busiest]:,} a minute ({most})"
 
 
 @app.command("mint")

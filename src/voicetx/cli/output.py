@@ -1,8 +1,9 @@
 """How commands reach the database and say what they found: tables for people, JSON for programs, complaints apart."""
 
 import asyncio
+import re
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -20,6 +21,13 @@ from voicetx.store import Store, open_store
 T = TypeVar("T")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+_UNITS = {
+    "m": ("minutes", 60_000, "30m"),
+    "h": ("hours", 3_600_000, "12h"),
+    "d": ("days", 86_400_000, "90d"),
+    "w": ("weeks", 604_800_000, "2w"),
+}
 
 _errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -58,9 +66,13 @@ def print_json(value: Any) -> None:
     sys.stdout.buffer.flush()
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table; the columns name the rows' keys."""
-    table = Table(*columns, box=None, pad_edge=False)
+def print_table(
+    columns: Sequence[str], rows: Sequence[Mapping[str, Any]], right: Collection[str] = frozenset()
+) -> None:
+    """Print rows as a table; the columns name the rows' keys, and those of `right` are numbers."""
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left")
     for row in rows:
         table.add_row(*("" if row[name] is None else _show(row[name]) for name in columns))
     Console(highlight=False, markup=False).print(table)
@@ -68,6 +80,23 @@ def print_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> No
 
 def _show(value: Any) -> str:
     return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters escaped: what a dialer sent must not steer a terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def read_age(text: str, units: str = "hdw") -> int:
+    """Return an age such as 12h in milliseconds, in one of these units; raises `CommandError` for what is none."""
+    age = re.fullmatch(rf"([1-9][0-9]{{0,4}})([{units}])", text.strip())
+    if age is None:
+        *names, last = (_UNITS[unit][0] for unit in units)
+        *examples, other = (_UNITS[unit][2] for unit in units)
+        raise CommandError(
+            f"An age is a whole number of {', '.join(names)} or {last}, such as {', '.join(examples)} or {other}."
+        )
+    return int(age[1]) * _UNITS[age[2]][1]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 Each may run beside services that write, be stopped with Ctrl-C, and be run again.
 """
 
-import re
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -13,7 +12,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from voicetx import deployments, privacy, retention
-from voicetx.cli.output import AsJson, CommandError, complain, follow_progress, print_json, run_on_store, write
+from voicetx.cli.output import (
+    AsJson,
+    CommandError,
+    complain,
+    follow_progress,
+    print_json,
+    read_age,
+    run_on_store,
+    write,
+)
 from voicetx.reports import format_time
 from voicetx.retention import Advance, AuditRecord, StillReported
 from voicetx.settings import Settings
@@ -22,9 +30,6 @@ from voicetx.store import Store
 T = TypeVar("T")
 
 audit = typer.Typer(no_args_is_help=True)
-
-_AGE = re.compile(r"([1-9][0-9]{0,4})([hdw])")
-_MILLISECONDS = {"h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
 
@@ -40,7 +45,7 @@ def purge(
     Those that were never reported go by when their deployment was made. Without --deployment, empty deployments of that
     age and expired access tokens go too.
     """
-    before_ms = time.time_ns() // 1_000_000 - _read_age(older_than)
+    before_ms = time.time_ns() // 1_000_000 - read_age(older_than)
     if deployment is not None:
         write(lambda connection: deployments.find_deployment(connection, deployment))
     purged = _run(
@@ -123,14 +128,6 @@ def _describe(record: AuditRecord) -> dict[str, Any]:
         "subject": subject,
         "counts": record.counts,
     }
-
-
-def _read_age(text: str) -> int:
-    """Return an age in milliseconds."""
-    age = _AGE.fullmatch(text.strip())
-    if age is None:
-        raise CommandError("An age is a whole number of hours, days or weeks, such as 12h, 90d or 2w.")
-    return int(age[1]) * _MILLISECONDS[age[2]]
 
 
 def _run(work: Callable[[Store, Advance], Awaitable[T]]) -> T:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from voicetx.cli.output import AsJson, CommandError, print_json, print_table, write
+from voicetx.cli.output import AsJson, CommandError, print_json, print_table, printable, write
 from voicetx.reports import describe_transaction, format_time, report_transaction
 
 app = typer.Typer(no_args_is_help=True)
@@ -31,20 +31,15 @@ def show_transaction(
     typer.echo(f"{'updates':<20}{report.updates}")
     typer.echo(f"{'inconsistent':<20}{'yes' if report.is_inconsistent else 'no'}")
     for name, value in report.fields.items():
-        typer.echo(f"{name:<20}{_printable(value)}")
+        typer.echo(f"{name:<20}{printable(value)}")
     if report.history:
         typer.echo()
         rows = [
             {
                 "received_at": format_time(entry.received_at_ms),
                 "api_user": entry.api_user,
-                "body": _printable(entry.body),
+                "body": printable(entry.body),
             }
             for entry in report.history
         ]
         print_table(("received_at", "api_user", "body"), rows)
-
-
-def _printable(text: str) -> str:
-    """Return the text with control characters escaped: what a dialer sent must not steer a terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -5,6 +5,7 @@ VOICETX_CREDENTIAL_CACHE_SECONDS.
 """
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +13,8 @@ from sqlalchemy import Connection
 
 from voicetx import auth
 from voicetx.auth import ApiUser, Grant
-from voicetx.cli.output import AsJson, print_json, print_table, write
-from voicetx.reports import format_time
+from voicetx.cli.output import AsJson, print_json, print_table, printable, write
+from voicetx.reports import describe_user, format_time, report_users
 
 users = typer.Typer(no_args_is_help=True)
 keys = typer.Typer(no_args_is_help=True)
@@ -70,6 +71,24 @@ def show_user(user: User, as_json: AsJson = False) -> None:
     for name, value in row.items():
         shown = " ".join(str(item) for item in value) if isinstance(value, list) else value
         typer.echo(f"{name:<12}{'' if shown is None else shown}".rstrip())
+
+
+@users.command("activity")
+def show_activity(
+    days: Annotated[int, typer.Option(min=1, max=366, help="How many, today's among them (UTC).")] = 7,
+    as_json: AsJson = False,
+) -> None:
+    """Show what became of each API user's calls on the last days: recorded, repeated, stale, refused by code."""
+    today = datetime.now(UTC).date()
+    rows = [describe_user(found) for found in write(lambda connection: report_users(connection, days, today))]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        row["api_user"] = printable(row["api_user"])
+        row["refused"] = ", ".join(f"{code}: {count:,}" for code, count in row["refused"].items())
+    columns = ("api_user", "recorded", "repeated", "stale", "refused")
+    print_table(columns, rows, right={"recorded", "repeated", "stale"})
 
 
 @users.command("grant")
