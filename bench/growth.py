@@ -22,7 +22,7 @@ from uuid import UUID, uuid4
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import asyncpg
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 import contenders
 import load
@@ -37,6 +37,7 @@ from voicetx.tallies import Measure
 
 _CAMPAIGN = 100_000
 _UPDATES_EACH = 3
+_TABLES = ("update", "transaction")
 _SETTINGS = {"VOICETX_THROTTLE": "1000000/second"}
 _COLUMNS = (
     "transaction_id, deployment_id, updates, attempt, digest, call_starttime, call_endtime, call_source, call_state,\
@@ -241,11 +242,19 @@ def measure_postgresql(transactions: int, memory_updates: int, seconds: int) -> 
         report("PostgreSQL", (small_url, small_key), (url, key), transactions, seconds)
         for taken, megabytes in measure_memory(small_url, small_key, memory_updates):
             print(f"  after {taken:,} updates the service's processes hold {megabytes} MB", flush=True)
-        sizes = "SELECT pg_total_relation_size('voice_update'), pg_total_relation_size('voice_transaction')"
-        history, rows = platform_side.run_on(url, lambda c: c.execute(text(sizes)).one())
-        updates = platform_side.run_on(url, lambda c: c.execute(text("SELECT count(*) FROM voice_update")).scalar_one())
+        history, rows, updates = asyncio.run(_measure_disk(url))
         each = f"{history / updates:.0f} bytes an update"
         print(f"  disk: history {history / 1e9:.1f} GB, {each}; transactions {rows / 1e9:.1f} GB")
+
+
+async def _measure_disk(url: str) -> tuple[int, int, int]:
+    """Return the bytes of the history and of the transactions, indexes included, and the number of updates."""
+    connection = await asyncpg.connect(url)  # counting takes longer than any statement of the service may
+    try:
+        sizes = [await connection.fetchval(f"SELECT pg_total_relation_size('voice_{name}')") for name in _TABLES]
+        return (*sizes, await connection.fetchval("SELECT count(*) FROM voice_update"))
+    finally:
+        await connection.close()
 
 
 def measure_sqlite(folder: Path, transactions: int, seconds: int) -> None:
