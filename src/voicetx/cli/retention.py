@@ -42,8 +42,8 @@ def purge(
 ) -> None:
     """Delete transactions, with their history, whose last update is older than that.
 
-    Those that were never reported go by when their deployment was made. Without --deployment, empty deployments of that
-    age and expired access tokens go too.
+    Those that were never reported go by when they were registered. Without --deployment, empty deployments of that age
+    and expired access tokens go too.
     """
     before_ms = time.time_ns() // 1_000_000 - read_age(older_than)
     if deployment is not None:
