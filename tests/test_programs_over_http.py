@@ -4,7 +4,9 @@ import asyncio
 import csv
 import io
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -24,6 +26,7 @@ from platform_side import make_user, register, run_on
 from servers import Service, wait_until
 from test_app import IDS, connect, running_app, served_app
 from voicetx import auth
+from voicetx.api.endpoints import answer_json
 from voicetx.api.receipts import MOST_RECEIPTS
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH, parse
@@ -635,6 +638,23 @@ async def test_an_export_goes_page_by_page_and_breaks_visibly(
             with pytest.raises(httpx.RemoteProtocolError):
                 await export()
             assert reads == reads_by_then
+
+
+@pytest.mark.anyio
+async def test_long_answers_are_made_one_after_the_other() -> None:
+    """However many ask for a long answer, updates share the interpreter with the making of one."""
+    under_way = threading.Semaphore(1)
+    has_begun = threading.Barrier(2)
+
+    def describe() -> str:
+        assert under_way.acquire(blocking=False)
+        with suppress(threading.BrokenBarrierError):
+            has_begun.wait(0.05)  # for another one, which should not come
+        under_way.release()
+        return "done"
+
+    answers = await asyncio.gather(*(answer_json(describe) for _ in range(3)))
+    assert [answer.body for answer in answers] == [b'"done"'] * 3
 
 
 @pytest.mark.anyio

@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -37,9 +38,14 @@ _NO_STORE = (b"cache-control", b"no-store")
 _JSON: Headers = ((b"content-type", b"application/json"), _NO_STORE)
 _NDJSON: Headers = ((b"content-type", b"application/x-ndjson"), _NO_STORE)
 _DIGITS = re.compile("[0-9]{1,9}")
+
+# One thread: with more of them at the interpreter, updates would wait for their turn behind each.
+_ASIDE = ThreadPoolExecutor(1, "voicetx-aside")
+
 _OF_ANOTHER_TYPE = {"string_type": "must be a string", "int_type": "must be a whole number"}
 
 Model = TypeVar("Model", bound="Asked")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,12 @@ def take_place(call: Call) -> Iterator[None]:
 
 async def answer_json(describe: Callable[[], Any], status: int = 200) -> Answer:
     """Return an answer in JSON, which nobody may keep; made in a thread, so that no update waits for a long one."""
-    return Answer(status, status, await asyncio.to_thread(lambda: orjson.dumps(describe())), _JSON)
+    return Answer(status, status, await make_aside(lambda: orjson.dumps(describe())), _JSON)
+
+
+async def make_aside(make: Callable[[], T]) -> T:
+    """Run what may take long in the one thread there is for that, one after the other."""
+    return await asyncio.get_running_loop().run_in_executor(_ASIDE, make)
 
 
 def answer_lines(body: bytes) -> Answer:

@@ -5,7 +5,6 @@ slowly keeps a database transaction open, and an export of a million rows holds 
 `voicetx.listings`; what it looks like: `voicetx.exports`.
 """
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +23,7 @@ from voicetx.api.endpoints import (
     Call,
     answer_json,
     for_users,
+    make_aside,
     read_number,
     read_query,
     sign_in_again,
@@ -205,7 +205,7 @@ async def _stream(
 ) -> AsyncIterator[bytes]:
     head = begin_export(export_format)
     while True:
-        yield head + await asyncio.to_thread(_render, call, page, export_format)
+        yield head + await make_aside(partial(_render, call, page, export_format))
         if page.next is None:
             return
         head = b""
