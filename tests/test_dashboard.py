@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html import unescape
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -604,7 +604,10 @@ def test_a_timeline_counts_every_update_once(minutes: dict[int, int], zone: str)
 
 
 def test_a_timeline_is_cut_as_clocks_are() -> None:
-    """Hours begin where the zone's clock shows a full one, half an hour from UTC too, and days at its midnight."""
+    """Hours begin where the zone's clock shows a full one, half an hour from UTC too, and days at its midnight.
+
+    So they do when clocks are put forward.
+    """
     start_ms = int(datetime(2026, 3, 1, 18, 40, tzinfo=UTC).timestamp() * 1000)
     by_minute = {start_ms + minute * 60_000: 1 for minute in range(0, 3000, 10)}
     timeline = arrange_timeline(by_minute, ZoneInfo("Asia/Kolkata"), None, 0)
@@ -614,6 +617,12 @@ def test_a_timeline_is_cut_as_clocks_are() -> None:
         ("2026-03-02 00:00", 5),
         ("2026-03-02 01:00", 6),
     ]
+    zone = ZoneInfo("Europe/Berlin")
+    midnights = [datetime(2026, 3, 1, tzinfo=zone) + timedelta(days=day) for day in range(80)]
+    by_minute = {int(midnight.timestamp()) * 1000: 1 for midnight in midnights}
+    timeline = arrange_timeline(by_minute, zone, None, 0)
+    assert timeline is not None
+    assert timeline.columns == [(f"{midnight:%Y-%m-%d}", 1) for midnight in midnights]
 
 
 @given(bodies=st.lists(updates_of(), min_size=1, max_size=8, unique_by=lambda body: parse(encode(body)).digest))
