@@ -51,6 +51,8 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Replay:
     user = add_user(database_url, "dialer", "--grant", "transactions:update")
     without_grant = add_user(database_url, "no-grant")
     throttled = add_user(database_url, "throttled", "--grant", "transactions:update", "--limit", "1/day")
+    grants = ("--grant", "deployments:write", "--grant", "transactions:read")
+    platform = add_user(database_url, "platform", *grants)
     register(database_url, [CALL, TRANSFERRED_CALL])
     report = folder / "report.json"
     with Service(database_url) as service:
@@ -60,6 +62,7 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Replay:
             "secretKey": user["secret_key"],
             "secretKeyWithoutGrant": without_grant["secret_key"],
             "secretKeyThrottled": throttled["secret_key"],
+            "secretKeyPlatform": platform["secret_key"],
         }
         given = [item for name, value in variables.items() for item in ("--env-var", f"{name}={value}")]
         options = ["--environment", str(ENVIRONMENT), "--iteration-count", "2", "--reporters", "cli,json"]
@@ -188,6 +191,7 @@ def test_the_environment_has_every_variable() -> None:
         "accessToken",
         "secretKeyWithoutGrant",
         "secretKeyThrottled",
+        "secretKeyPlatform",
     }
 
 
