@@ -14,6 +14,7 @@ from sqlalchemy import Connection, LargeBinary, Uuid, insert, select, text
 
 from bodies import encode, make_body, updates_of
 from servers import PostgreSQL
+from test_tallies import count_plainly, read_tallies
 from voicetx import migrations, retention, tallies
 from voicetx.auth import Authenticator
 from voicetx.contract import parse, restore
@@ -195,6 +196,7 @@ async def test_a_database_of_the_first_release_is_upgraded_with_all_that_is_in_i
     expected = {name: [read_values(name, row) for row in rows] for name, rows in FIRST_RELEASE.items()}
     assert all(expected.values())
     assert await store.read(read_rows) == expected
+    assert await store.read(read_tallies) == await store.read(count_plainly)
 
     configured = Settings(_env_file=None)
     throttle = Throttle(configured)

@@ -15,13 +15,13 @@ from sqlalchemy import Connection, select
 
 from bodies import encode, make_body, updates_of
 from servers import PostgreSQL
-from voicetx import recording, retention, tallies
+from voicetx import recording, retention, services, tallies
 from voicetx.contract import parse
 from voicetx.deployments import create_deployment, register_transactions
 from voicetx.merge import is_final
 from voicetx.recording import commit_batch
 from voicetx.schema import deployment, tally_change, voice_transaction, voice_update
-from voicetx.store import Received, Store
+from voicetx.store import Received, Store, StoreUnavailable, ValueRefused
 from voicetx.tallies import Counts, Measure, Sent
 
 pytestmark = pytest.mark.anyio
@@ -272,3 +272,27 @@ def is_anybody_waiting(connection: Connection) -> bool:
     """Say whether a session of this database waits for a lock."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     return bool(connection.exec_driver_sql(waiting).scalar_one())
+
+
+@pytest.mark.parametrize("failure", [StoreUnavailable(), ValueRefused()])
+async def test_folding_goes_on_after_a_failure(
+    store: Store, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """A database that was away, or that refused what was counted, is tried again, and closing hears nothing of it."""
+    original = tallies.fold
+    failures = [failure]
+
+    def fold(connection: Connection) -> bool:
+        if failures:
+            raise failures.pop()
+        return original(connection)
+
+    monkeypatch.setattr(tallies, "fold", fold)
+    monkeypatch.setattr(services, "_FOLD_SECONDS", 0.01)
+    await record(store, [make_body(name) for name in IDS])
+    folding = asyncio.create_task(services._fold_on(store))
+    while await read_changes(store) and not folding.done():
+        await asyncio.sleep(0.01)
+    folding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await folding

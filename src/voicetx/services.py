@@ -19,7 +19,7 @@ from voicetx import activity, migrations, tallies
 from voicetx.auth import Authenticator
 from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Store, StoreUnavailable, open_store
+from voicetx.store import Store, StoreUnavailable, ValueRefused, open_store
 from voicetx.tallies import Counts
 from voicetx.throttle import Throttle
 
@@ -89,7 +89,7 @@ async def _fold_on(store: Store) -> None:
                 done.clear()
             while await store.write_beside(tallies.fold):
                 pass
-        except StoreUnavailable as error:
+        except (StoreUnavailable, ValueRefused) as error:
             activity.give_back(done)
             if not is_away:
                 _log.warning("tallies.not_folded", cause=str(error))
