@@ -18,6 +18,7 @@ import orjson
 import structlog
 from sqlalchemy import Connection
 
+from voicetx.api.endpoints import make_aside
 from voicetx.auth import ApiUser
 from voicetx.dashboard.overview import Overview
 from voicetx.dashboard.rendering import format_clock, render_parts, summarise
@@ -187,8 +188,7 @@ async def _render(watch: _Watch, zone: ZoneInfo, span: str) -> dict[str, str]:
     rendering, key = watch.rendering, (zone.key, span)
     if key not in rendering:
         overview = watch.look.show(zone, span)
-        # In a thread: a long timeline must not keep updates waiting.
-        rendering[key] = asyncio.create_task(asyncio.to_thread(_render_all, overview))
+        rendering[key] = asyncio.create_task(make_aside(lambda: _render_all(overview)))
     # Shielded: others share it, and a page that is closed must not take it away from them.
     return await asyncio.shield(rendering[key])
 

@@ -6,7 +6,6 @@ and lists, how it looks from the templates. Refusals are pages too, never JSON. 
 any character; numbers are sent in bodies only, for addresses end in logs and in a browser's history.
 """
 
-import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,13 +22,15 @@ from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from voicetx import privacy
 from voicetx.api.answers import ClientGone, note_for_log, to_rejected
 from voicetx.api.bodies import read_body
+from voicetx.api.endpoints import make_aside
+from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.api.updates import client_address, require_grant
 from voicetx.auth import ApiUser, Grant, Token
 from voicetx.dashboard import sessions
 from voicetx.dashboard.history import judge_history, plot_history
 from voicetx.dashboard.live import LivePages, look_at
 from voicetx.dashboard.overview import SPANS
-from voicetx.dashboard.rendering import ASSETS, render, summarise
+from voicetx.dashboard.rendering import ASSETS, render
 from voicetx.dashboard.sessions import PATH
 from voicetx.deployments import list_deployments
 from voicetx.errors import Refusal, Rejected
@@ -42,8 +43,7 @@ MOST_ROWS = 50
 """How many rows a list shows at once."""
 
 FEW_UPDATES = 100
-MOST_UPDATES = 1_000
-"""Of a longer history the last ones are shown: a few, and more when asked."""
+"""Of a longer history the last ones are shown, and when asked as many as programs get."""
 
 _PAGES_LIMIT = "600/minute"  # of an API user's pages; they are no calls of a dialer
 _FORM_LIMIT_BYTES = 8_192
@@ -146,14 +146,13 @@ async def show_deployment(request: Request) -> Response:
         if look is None:
             raise Rejected(Refusal.NOT_FOUND)
         overview = look.show(visit.zone, span)
-        # In a thread: a long timeline must not keep updates waiting.
-        return await asyncio.to_thread(
-            visit.render,
-            "deployment.html",
-            deployment_id=deployment_id,
-            overview=overview,
-            summary=summarise(overview),
-            query=urlencode({"id": deployment_id, "span": span}),
+        return await make_aside(
+            lambda: visit.render(
+                "deployment.html",
+                deployment_id=deployment_id,
+                overview=overview,
+                query=urlencode({"id": deployment_id, "span": span}),
+            )
         )
 
     return await _visit(request, show)
@@ -238,7 +237,9 @@ async def show_transaction(request: Request) -> Response:
         transaction_id = visit.wanted
         most = MOST_UPDATES if request.query_params.get("updates") == "all" else FEW_UPDATES
         report = await visit.services.store.read(
-            lambda connection: report_transaction(connection, transaction_id, most_updates=most)
+            lambda connection: report_transaction(
+                connection, transaction_id, most_updates=most, most_characters=MOST_CHARACTERS
+            )
         )
         if report is None:
             raise Rejected(Refusal.NOT_FOUND)
@@ -256,8 +257,7 @@ async def show_transaction(request: Request) -> Response:
                 deployment_id=report.deployment_id,
             )
 
-        # In a thread: a long history must not keep updates waiting.
-        return await asyncio.to_thread(finish)
+        return await make_aside(finish)
 
     return await _visit(request, show)
 
