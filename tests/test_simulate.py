@@ -79,7 +79,7 @@ def test_a_campaign_is_made_rung_and_held(service: Service, database_url: str) -
     assert told["held"] == told["acknowledged"] == len(read_history(database_url)) > 200
     assert told["answers"] == {"recorded": told["sent"]}
     assert told["on_purpose"]["repeated"] == told["sent"] - told["acknowledged"]
-    assert all(0.1 < count / told["acknowledged"] < 0.3 for count in told["on_purpose"].values())
+    assert all(0.05 < count / told["acknowledged"] < 0.3 for count in told["on_purpose"].values())
     assert 0 < told["latency_ms"]["median"] <= told["latency_ms"]["p99"]
 
 
@@ -241,7 +241,7 @@ def test_what_cannot_be_simulated_is_a_sentence(service: Service, database_url: 
     assert "not both" in complain("--ids", str(file), "--deployment", "x")
     assert "Mars/Olympus: a time zone is an IANA name" in complain("--time-zone", "Mars/Olympus")
     assert "begins with http" in complain(url="nonsense")
-    assert "is no address" in complain(url="http://[")
+    assert "is no address" in complain(url="http://x:port")
     nobody = f"http://127.0.0.1:{find_free_port()}"
     assert "nothing gets through within 0 s: no answer (ConnectError)" in complain("--patience", "0", url=nobody)
     with HTTPServer(("127.0.0.1", 0), Foreign) as foreign:
