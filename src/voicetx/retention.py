@@ -33,7 +33,7 @@ from sqlalchemy import (
 from voicetx import auth, privacy, tallies
 from voicetx.schema import access_token, audit_record, deployment, voice_transaction, voice_update
 from voicetx.store import UNASSIGNED, Store, ValueRefused, match_ids
-from voicetx.tallies import Sent
+from voicetx.tallies import ERASED_KEY, Sent
 
 Advance = Callable[[int], None]
 """Called with the number of rows that were looked at since it was called last."""
@@ -374,6 +374,12 @@ def _mask_transaction(digits: str, row: Any) -> _Masking | None:
     masked = {name: text for name, text in forgotten.items() if text != texts[name]}
     if not masked:
         return None
+    if digits_left := masked.get("dtmf_digits"):
+        # An asterisk is a key, and nobody pressed these.
+        masked["dtmf_digits"] = "".join(
+            left if left == pressed else ERASED_KEY
+            for pressed, left in zip(texts["dtmf_digits"], digits_left, strict=True)
+        )
     held = {name: texts[name] for name in masked}
     return _Masking(voice_transaction, {"transaction_id": row.transaction_id}, held, masked)
 

@@ -32,6 +32,9 @@ LONGEST_SECONDS = 86_400
 _CHANGES_AT_ONCE = 100
 _CHARACTERS_AT_ONCE = 65_536  # of about a thousand transactions: some milliseconds, in which nobody else gets a turn
 
+ERASED_KEY = "x"
+"""Stands where a digit was that somebody typed and that was erased; its press is counted no more."""
+
 _SENT = re.compile(r"([+-])([^.]+)\.([0-9]+)")
 _SECOND = timedelta(seconds=1)
 _MINUTE_MS = 60_000
@@ -260,7 +263,7 @@ def _count_profiles(profiles: Mapping[str, int]) -> dict[Measure, Counter[str]]:
             found[Measure.TRANSFER][transfer] += times
         if keys:
             found[Measure.PRESSED][""] += times
-            for key in keys:
+            for key in keys.replace(ERASED_KEY, ""):
                 found[Measure.KEY][key] += times
     return found
 
