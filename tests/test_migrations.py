@@ -15,7 +15,7 @@ from sqlalchemy import Connection, LargeBinary, Uuid, insert, select, text
 from bodies import encode, make_body, updates_of
 from servers import PostgreSQL
 from test_tallies import count_plainly, read_tallies
-from voicetx import migrations, retention, tallies
+from voicetx import folding, migrations, retention, tallies
 from voicetx.auth import Authenticator
 from voicetx.contract import parse, restore
 from voicetx.merge import Transaction, fold
@@ -61,7 +61,7 @@ def test_whoever_serves_needs_no_more_than_to_write_the_tables(postgresql: Postg
                 lambda connection: commit_batch(connection, batch, registers_unknown=True)
             )
             assert committed.outcomes == [Outcome.RECORDED]
-            await store.write(tallies.fold)
+            await folding.fold(store)
             assert await store.read(tallies.read_registered) == {"unassigned": (1, 1)}
             assert (await retention.purge(store, 2, advance=lambda _: None)).transactions == 1
         finally:

@@ -18,6 +18,7 @@ from servers import PostgreSQL
 from voicetx import recording, retention, services, tallies
 from voicetx.contract import parse
 from voicetx.deployments import create_deployment, register_transactions
+from voicetx.folding import fold
 from voicetx.merge import is_final
 from voicetx.recording import commit_batch
 from voicetx.schema import deployment, tally_change, voice_transaction, voice_update
@@ -99,7 +100,7 @@ async def check(store: Store) -> None:
     """Compare the tallies with a plain count, before and after a fold."""
     for _ in range(2):
         assert await store.read(read_tallies) == await store.read(count_plainly)
-        while await store.write(tallies.fold):
+        while await fold(store):
             pass
 
 
@@ -153,7 +154,7 @@ async def take(store: Store, step: tuple[Any, ...]) -> None:
         case "purge", minute:
             await retention.purge(store, minute * 60_000, deployment_id=None, advance=lambda _: None)
         case "fold":
-            await store.write(tallies.fold)
+            await fold(store)
 
 
 async def test_two_processes_that_record_the_same_transactions_count_each_once(database_url: str, store: Store) -> None:
@@ -170,7 +171,7 @@ async def test_two_processes_that_record_the_same_transactions_count_each_once(d
 
     async def fold_on(own: Store) -> None:
         for _ in range(60):
-            await own.write(tallies.fold)
+            await fold(own)
             assert all(number > 0 for number in (await own.read(lambda c: tallies.read(c, "unassigned"))).values())
 
     await asyncio.gather(record_on(store, USERS[0]), record_on(other, USERS[1]), fold_on(store), fold_on(other))
@@ -216,32 +217,33 @@ async def read_changes(store: Store) -> Sequence[str]:
 async def test_a_fold_leaves_no_change_behind(store: Store) -> None:
     """What was folded is gone from the changes."""
     await record(store, [make_body(name) for name in IDS])
-    assert await store.write(tallies.fold) is False
+    assert await fold(store) is False
     assert await read_changes(store) == []
 
 
-async def test_a_fold_takes_no_longer_than_others_may_wait(store: Store) -> None:
+async def test_a_fold_takes_no_longer_than_others_may_wait(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many changes wait, and however long each is, a fold takes some of them and says that there are more."""
     line = tallies.change("", "5.2005.60.0..", added=[Sent(USERS[0], 1)])
-    for lines in (1, 10_000, 10_000, 1, 1):
+    monkeypatch.setattr(tallies, "_CHANGES_AT_ONCE", 100)
+    for lines in (1, 30_000, 30_000, 1, 1):
         await store.write(lambda connection, lines=lines: tallies.note(connection, "spring", [line] * lines))  # type: ignore[misc]
     for left in (4, 3, 2):
-        assert await store.write(tallies.fold) is True
+        assert await fold(store) is True
         assert len(await read_changes(store)) == left
-    assert await store.write(tallies.fold) is False
+    assert await fold(store) is False
     for _ in range(101):
         await store.write(lambda connection: tallies.note(connection, "spring", [line]))
-    assert await store.write(tallies.fold) is True
+    assert await fold(store) is True
     assert len(await read_changes(store)) == 1
     counts = await store.read(lambda connection: tallies.read(connection, "spring"))
-    assert counts[Measure.OUTCOME, "5.2005"] == 20_003 + 101
+    assert counts[Measure.OUTCOME, "5.2005"] == 60_003 + 101
 
 
 async def test_digits_stand_sorted_in_a_change(store: Store) -> None:
     """What somebody typed cannot be read from the changes, only how often each key was pressed."""
     await record(store, [make_body("tx-1", dtmf_digits="9182#")])
     changes = await read_changes(store)
-    assert next(filter(None, changes)).startswith(">5.2005.60.0.#1289.@+")
+    assert next(filter(None, changes)) == f"{tallies.head(Sent(USERS[0], 1))}\n>5.2005.60.0.#1289.@+"
 
 
 @pytest.fixture
@@ -257,7 +259,9 @@ async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(postgre
     await store.write(lambda connection: register_transactions(connection, "spring", IDS))
     await record(store, [make_body(name) for name in IDS])
     async with store._database._engine.connect() as folding:
-        await folding.run_sync(tallies.fold)
+        changes = await folding.run_sync(tallies.read_changes)
+        counts = tallies.count_changes(changes)
+        await folding.run_sync(lambda connection: tallies.fold(connection, changes.ids, counts))
         purging = asyncio.create_task(retention.purge(store, 2**60, advance=lambda _: None))
         while not await store.read(is_anybody_waiting):
             assert not purging.done()
@@ -282,12 +286,12 @@ async def test_folding_goes_on_after_a_failure(
     original = tallies.fold
     failures = [failure]
 
-    def fold(connection: Connection) -> bool:
+    def fail_once(connection: Connection, **changes: Any) -> None:
         if failures:
             raise failures.pop()
-        return original(connection)
+        original(connection, **changes)
 
-    monkeypatch.setattr(tallies, "fold", fold)
+    monkeypatch.setattr(tallies, "fold", fail_once)
     monkeypatch.setattr(services, "_FOLD_SECONDS", 0.01)
     await record(store, [make_body(name) for name in IDS])
     folding = asyncio.create_task(services._fold_on(store))

@@ -1,8 +1,8 @@
 """What became of each API user's calls: updates recorded, repeated and stale, and refusals by code, a day at a time.
 
 Counted in memory by whoever knows (`voicetx.recording` what became of updates, `voicetx.api` what was refused), for the
-process as the metrics are, and kept with the tallies every second by `voicetx.services`. A process that is killed loses
-the last second of these counts; what was recorded for a deployment is counted exactly, with the updates themselves.
+process as the metrics are, and kept with the tallies every few seconds by `voicetx.services`. A process that is killed
+loses the last of these counts; what was recorded for a deployment is counted exactly, with the updates themselves.
 """
 
 import time

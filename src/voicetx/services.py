@@ -17,13 +17,14 @@ from sqlalchemy import Connection
 
 from voicetx import activity, migrations, tallies
 from voicetx.auth import Authenticator
+from voicetx.folding import fold
 from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
 from voicetx.store import Store, StoreUnavailable, ValueRefused, open_store
 from voicetx.tallies import Counts
 from voicetx.throttle import Throttle
 
-_FOLD_SECONDS = 1.0
+_FOLD_SECONDS = 3.0
 
 _log = structlog.get_logger(__name__)
 
@@ -87,7 +88,7 @@ async def _fold_on(store: Store) -> None:
             if done:
                 await store.write_beside(_keep(done))
                 done.clear()
-            while await store.write_beside(tallies.fold):
+            while await fold(store):
                 pass
         except (StoreUnavailable, ValueRefused) as error:
             activity.give_back(done)

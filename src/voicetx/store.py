@@ -583,10 +583,12 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
     Both happen or neither does, for each transaction by itself. Returns the ids that were written.
     """
     ordered = sorted(changes, key=lambda change: change.transaction.transaction_id)
-    rows = [_describe_row(change, now_ms) for change in ordered]
+    # Most updates of a batch come from one dialer in one minute: that is said once.
+    heading = tallies.head(_to_sent(ordered[0].new[0]))
+    rows = [_describe_row(change, now_ms, heading) for change in ordered]
     history = [_describe_update(received) for change in ordered for received in change.new]
     if connection.dialect.name == "postgresql":
-        written = connection.exec_driver_sql(_RECORD, (_dump(rows), _dump(history))).scalar_one()
+        written = connection.exec_driver_sql(_RECORD, (_dump(rows), _dump(history), heading)).scalar_one()
         return set(written or ())
     # Under the lock that BEGIN IMMEDIATE took nobody has changed a row since it was read.
     connection.exec_driver_sql(_UPDATE_TRANSACTION, [tuple(row.get(name) for name in _BOUND) for row in rows])
@@ -595,7 +597,7 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
     for change, row in zip(ordered, rows, strict=True):
         lines.setdefault(change.deployment_id, []).append(row["change"])
     for deployment_id, noted in lines.items():
-        connection.exec_driver_sql(_INSERT_TALLY_CHANGE, (deployment_id, "\n".join(noted)))
+        connection.exec_driver_sql(_INSERT_TALLY_CHANGE, (deployment_id, "\n".join((heading, *noted))))
     return {change.transaction.transaction_id for change in ordered}
 
 
@@ -629,10 +631,10 @@ _HISTORY: Mapping[str, str] = {
 """The columns of an update in the history, with PostgreSQL's types."""
 
 
-def _describe_row(change: Change, now_ms: int) -> dict[str, Any]:
+def _describe_row(change: Change, now_ms: int, heading: str) -> dict[str, Any]:
     """Return the row that a change makes, by the names of `_ROW`; a field that is not there is null."""
     transaction_id, fields, position, updates, older = transaction = change.transaction
-    sent = [Sent(received.api_key_id, received.received_at_ms) for received in change.new]
+    sent = map(_to_sent, change.new)
     return {
         **fields,
         "updates": updates,
@@ -645,8 +647,12 @@ def _describe_row(change: Change, now_ms: int) -> dict[str, Any]:
         "transaction_id": transaction_id,
         "seen": change.seen.updates,
         "digits_seen": change.seen.fields.get("dtmf_digits"),
-        "change": tallies.change(tallies.profile(change.seen.fields), tallies.profile(fields), sent),
+        "change": tallies.change(tallies.profile(change.seen.fields), tallies.profile(fields), sent, heading=heading),
     }
+
+
+def _to_sent(received: Received) -> Sent:
+    return Sent(received.api_key_id, received.received_at_ms)
 
 
 def _describe_update(received: Received) -> dict[str, Any]:
@@ -699,7 +705,7 @@ _RECORD = (
     f" FROM {_unpack('$2', 'received', _HISTORY)}"
     " WHERE (received.transaction_id IN (SELECT transaction_id FROM written)) IS TRUE),"
     " tallied AS (INSERT INTO tally_change (deployment_id, changes)"
-    " SELECT deployment_id, string_agg(change, E'\\n') FROM written GROUP BY deployment_id)"
+    " SELECT deployment_id, $3::text || E'\\n' || string_agg(change, E'\\n') FROM written GROUP BY deployment_id)"
     " SELECT array_agg(transaction_id) FROM written"
 )
 _LOOK_UP_TRANSACTIONS = (

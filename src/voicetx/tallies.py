@@ -3,14 +3,14 @@
 Whoever writes a transaction adds, in the same database transaction, a row to `tally_change` that says what the
 transaction was to the reports and what it is now: `voicetx.store` for a batch, `voicetx.deployments` and
 `voicetx.retention` for theirs. Rows are only added, so that processes which record the same deployment never wait for
-each other; every second or so `fold` adds them up into `tally`. A reader takes both together, and so misses nothing
-that was acknowledged. Knows which numbers there are, not what a report makes of them: that is `voicetx.reports`.
+each other; every few seconds `voicetx.folding` adds them up into `tally`. A reader takes both together, and so misses
+nothing that was acknowledged. Knows which numbers there are, not what a report makes of them (`voicetx.reports`).
 Source: docs/decisions/0016-tallies.md.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import accumulate
@@ -29,13 +29,13 @@ ANSWERED_STATES = frozenset({"5", "6"})
 LONGEST_SECONDS = 86_400
 """A call or transfer of a day or longer is counted as one of a day."""
 
-_CHANGES_AT_ONCE = 100
-_CHARACTERS_AT_ONCE = 65_536  # of about a thousand transactions: some milliseconds, in which nobody else gets a turn
+_CHANGES_AT_ONCE = 1_000
+_CHARACTERS_AT_ONCE = 1_048_576
 
 ERASED_KEY = "x"
 """Stands where a digit was that somebody typed and that was erased; its press is counted no more."""
 
-_SENT = re.compile(r"([+-])([^.]+)\.([0-9]+)")
+_SENT = re.compile(r"([+-])([^+-]*)")
 _SECOND = timedelta(seconds=1)
 _MINUTE_MS = 60_000
 _FOLDING = 0x766F696365  # the key of PostgreSQL's advisory lock: one process folds at a time
@@ -81,19 +81,31 @@ def profile(fields: Mapping[Any, Any]) -> str:
     return f"{state}.{fields['drop_code']}.{talk}.{attempts}.{keys}.{transfer}"
 
 
-def change(before: str, after: str, added: Iterable[Sent] = (), removed: Iterable[Sent] = ()) -> str:
-    """Return a transaction's line: its profile before and after, and the updates that its history gained or lost."""
+def change(
+    before: str, after: str, added: Iterable[Sent] = (), removed: Iterable[Sent] = (), *, heading: str = ""
+) -> str:
+    """Return a transaction's line: its profile before and after, and the updates that its history gained or lost.
+
+    An update that is as the heading of the lines says (see `head`) is told by its sign alone.
+    """
     line = f"{before}>{after}@" if before != after else ">@"
-    for api_key_id, received_at_ms in added:
-        line += f"+{api_key_id.hex}.{received_at_ms // _MINUTE_MS}"
-    for api_key_id, received_at_ms in removed:
-        line += f"-{api_key_id.hex}.{received_at_ms // _MINUTE_MS}"
+    for sign, updates in (("+", added), ("-", removed)):
+        for update in updates:
+            text = head(update)
+            line += sign if text == heading else sign + text
     return line
 
 
-def note(connection: Connection, deployment_id: str, lines: Iterable[str], *, registered: int = 0) -> None:
+def head(sent: Sent) -> str:
+    """Return an update as lines tell it; as the heading of lines it stands for all that are like it."""
+    return f"{sent.api_key_id.hex}.{sent.received_at_ms // _MINUTE_MS}"
+
+
+def note(
+    connection: Connection, deployment_id: str, lines: Iterable[str], *, registered: int = 0, heading: str = ""
+) -> None:
     """Add a change to a deployment's tallies: lines, and how many transactions it gained (or, below zero, lost)."""
-    changes = "\n".join(lines)
+    changes = "\n".join((heading, *lines))
     if changes or registered:
         connection.execute(
             insert(tally_change).values(deployment_id=deployment_id, registered=registered, changes=changes)
@@ -121,34 +133,51 @@ _ADD_ROWS = (
 _ADD_ROW = f"INSERT INTO tally (deployment_id, measure, item, count) VALUES (?, ?, ?, ?) {_ADD_UP}"  # noqa: S608 - as above
 
 
-def fold(connection: Connection) -> bool:
-    """Add up some of the changes into the tallies and say whether there are more; not where another process is at it.
+class Changes(NamedTuple):
+    """Changes that are not folded yet: their ids and rows, and whether there are more."""
 
-    Takes at most 100 changes and 64 KiB of them, or a single one that is longer.
-    """
-    if (
-        connection.dialect.name == "postgresql"
-        and not connection.execute(select(func.pg_try_advisory_xact_lock(_FOLDING))).scalar_one()
-    ):
-        return False
+    ids: Sequence[int]
+    rows: Sequence[Any]
+    is_more: bool
+
+
+class ChangesTaken(Exception):  # noqa: N818 - what happened to them
+    """Another process has folded the changes meanwhile, or is at it."""
+
+
+def read_changes(connection: Connection) -> Changes:
+    """Return the oldest changes: at most 1,000 of them and 1 MiB, or a single one that is longer."""
     columns = tally_change.c
     found = connection.execute(
         select(columns.change_id, func.length(columns.changes).label("characters"))
         .order_by(columns.change_id)
         .limit(_CHANGES_AT_ONCE + 1)
     ).all()
-    if not found:
-        return False
     characters = accumulate(row.characters for row in found)
     most = sum(1 for total in characters if total <= _CHARACTERS_AT_ONCE)
     ids = [row.change_id for row in found[: min(max(1, most), _CHANGES_AT_ONCE)]]
+    rows = connection.execute(select(tally_change).where(columns.change_id.in_(ids))).all() if ids else []
+    return Changes([row.change_id for row in rows], rows, is_more=len(ids) < len(found))
+
+
+def count_changes(changes: Changes) -> dict[str, Counts]:
+    """Return what changes add to the counts, by deployment."""
     by_deployment: dict[str, list[Any]] = {}
-    for row in connection.execute(select(tally_change).where(columns.change_id.in_(ids))):
+    for row in changes.rows:
         by_deployment.setdefault(row.deployment_id, []).append(row)
-    for deployment_id, changes in sorted(by_deployment.items()):
-        add(connection, deployment_id, _count_rows(changes))
-    connection.execute(delete(tally_change).where(columns.change_id.in_(ids)))
-    return len(ids) < len(found)
+    return {deployment_id: _count_rows(rows) for deployment_id, rows in sorted(by_deployment.items())}
+
+
+def fold(connection: Connection, ids: Sequence[int], counts: Mapping[str, Counts]) -> None:
+    """Put into the tallies what these changes add to them; raises `ChangesTaken`, and then does nothing."""
+    if connection.dialect.name == "postgresql":
+        is_ours = connection.execute(select(func.pg_try_advisory_xact_lock(_FOLDING))).scalar_one()
+        if not is_ours:
+            raise ChangesTaken
+    if connection.execute(delete(tally_change).where(tally_change.c.change_id.in_(ids))).rowcount < len(ids):
+        raise ChangesTaken
+    for deployment_id, added in counts.items():
+        add(connection, deployment_id, added)
 
 
 def read(connection: Connection, deployment_id: str) -> Counts:
@@ -218,34 +247,38 @@ def forget(connection: Connection, deployment_id: str) -> None:
 
 
 def count(lines: Iterable[str], *, registered: int = 0) -> Counts:
-    """Return what lines, and so many transactions more, add to the counts."""
+    """Return what lines without a heading, and so many transactions more, add to the counts."""
+    return _count([("", lines)], registered)
+
+
+def _count_rows(rows: Iterable[Any]) -> Counts:
+    rows = list(rows)
+    return _count(
+        [(heading, lines) for row in rows if row.changes for heading, *lines in [row.changes.split("\n")]],
+        sum(row.registered for row in rows),
+    )
+
+
+def _count(blocks: Iterable[tuple[str, Iterable[str]]], registered: int) -> Counts:
     # Of a thousand lines few parts differ, so each is taken apart once.
     profiles: Counter[str] = Counter()
-    sent: Counter[str] = Counter()
-    for line, times in Counter(lines).items():
-        transition, _, updates = line.partition("@")
-        before, _, after = transition.partition(">")
-        profiles[before] -= times
-        profiles[after] += times
-        sent[updates] += times
+    sent: Counter[tuple[str, str]] = Counter()
+    for heading, lines in blocks:
+        for line, times in Counter(lines).items():
+            transition, _, updates = line.partition("@")
+            before, _, after = transition.partition(">")
+            profiles[before] -= times
+            profiles[after] += times
+            sent[heading, updates] += times
     found = _count_profiles(profiles)
     found[Measure.REGISTERED][""] += registered
-    for updates, times in sent.items():
-        for sign, sender, minute in _SENT.findall(updates):
+    for (heading, updates), times in sent.items():
+        for sign, update in _SENT.findall(updates):
+            sender, _, minute = (update or heading).partition(".")
             signed = times if sign == "+" else -times
             found[Measure.SENDER][sender] += signed
             found[Measure.MINUTE][minute] += signed
     return Counter({(measure, item): number for measure, items in found.items() for item, number in items.items()})
-
-
-def _count_rows(rows: Iterable[Any]) -> Counts:
-    registered = 0
-    lines: list[str] = []
-    for row in rows:
-        registered += row.registered
-        if row.changes:
-            lines += row.changes.split("\n")
-    return count(lines, registered=registered)
 
 
 def _count_profiles(profiles: Mapping[str, int]) -> dict[Measure, Counter[str]]:
