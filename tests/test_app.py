@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from bodies import encode, make_body
-from voicetx import auth
+from voicetx import auth, metrics
 from voicetx.app import create_app
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH
@@ -229,8 +229,9 @@ async def test_an_unforeseen_exception_is_answered_in_the_contracts_shape(
 
 
 async def test_a_client_that_hangs_up_in_its_body_harms_nobody(served: tuple[FastAPI, str, str]) -> None:
-    """A request that ends before its body does is dropped without an answer."""
+    """A request that ends before its body does is dropped without an answer, and counted."""
     app, _, key = served
+    abandoned = metrics.ABANDONED._value.get()
     sent: list[Any] = []
     messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
@@ -248,6 +249,7 @@ async def test_a_client_that_hangs_up_in_its_body_harms_nobody(served: tuple[Fas
     }  # fmt: skip
     await app(scope, receive, send)
     assert sent == []
+    assert metrics.ABANDONED._value.get() == abandoned + 1
 
 
 async def test_a_body_that_does_not_come_is_408(database_url: str) -> None:
