@@ -230,11 +230,14 @@ def test_what_cannot_be_simulated_is_a_sentence(service: Service, database_url: 
         return done.stderr
 
     assert "/mint answered 498: Invalid token" in complain(key="vsk_x")
+    assert "the key is none" in complain(key="vsk_ x\n")
     assert "/mint answered 430" in complain(key=dialers)
     assert "/voicecampaigntransactions answered 430" in complain()
     assert "deployment must be" in complain("--deployment", "two words")
     assert "nothing gets through within 5 s: 429" in complain("--patience", "5", "--calls", "5", key=slow)
     assert "ids, id 2: transaction-id must be" in complain("--ids", str(file))
+    file.write_bytes(b"tx-\xff\n")
+    assert "ids, id 1: transaction-id must be" in complain("--ids", str(file))
     assert "has 0 ids, too few for 1 calls" in complain("--ids", str(empty))
     assert "has 1 ids, too few for 2 calls" in complain("--ids", str(write_ids(tmp_path, 1)), "--calls", "2")
     assert "No such file" in complain("--ids", str(tmp_path / "nothing"))

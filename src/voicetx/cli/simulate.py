@@ -90,6 +90,8 @@ class _Service:
             started = time.monotonic()
             try:
                 response = await self.client.request(method, path, content=content)
+            except httpx.LocalProtocolError as error:  # would be so for ever
+                raise CommandError(f"The request can't be sent, the key is none: {error}.") from error
             except httpx.TransportError as error:
                 obstacle, pause_seconds = f"no answer ({type(error).__name__})", 0.0
             else:
@@ -291,7 +293,7 @@ def simulate(  # noqa: PLR0913 - an option each
 
 def _read_ids(file: Path, calls: int | None) -> list[str]:
     """Return as many ids of a file as there are to be calls, or all."""
-    with file.open(encoding="utf-8-sig") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
         # Both forms in which `deployment mint` prints them.
         rows = (
             line if line.startswith("{") else orjson.dumps({"transaction-id": line.strip()}).decode()
