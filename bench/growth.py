@@ -33,7 +33,7 @@ from voicetx import tallies
 from voicetx.contract import parse
 from voicetx.recording import commit_batch
 from voicetx.store import Received, Store
-from voicetx.tallies import Measure
+from voicetx.tallies import Sent
 
 _CAMPAIGN = 100_000
 _UPDATES_EACH = 3
@@ -51,9 +51,8 @@ _VALUES = (
 
 def add_tallies(url: str, transactions: int) -> None:
     """Count what was filled in: what the service itself would have counted."""
-    counts = tallies.count([tallies.change("", tallies.profile(_FIELDS))])
-    counts[Measure.MINUTE, "29498940"] = counts[Measure.SENDER, _SENDER.hex] = _UPDATES_EACH
-    counts[Measure.REGISTERED, ""] = 1
+    sent = [Sent(_SENDER, 1769936400000 + minute * 60_000) for minute in range(1, _UPDATES_EACH + 1)]
+    counts = tallies.count([tallies.change("", tallies.profile(_FIELDS), sent)], registered=1)
     scaled = Counter({key: number * transactions for key, number in counts.items()})
     platform_side.run_on(url, lambda connection: tallies.add(connection, "campaign", scaled))
 

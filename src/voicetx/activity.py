@@ -5,7 +5,6 @@ process as the metrics are, and kept with the tallies every few seconds by `voic
 loses the last of these counts; what was recorded for a deployment is counted exactly, with the updates themselves.
 """
 
-import time
 from collections import Counter
 from datetime import UTC, datetime
 from uuid import UUID
@@ -20,8 +19,7 @@ _counted: Counts = Counter()
 
 def count(api_key_id: UUID, what: str, times: int = 1) -> None:
     """Count something that an API user's calls came to, such as `repeated` or `code-1002`."""
-    day = datetime.fromtimestamp(time.time(), UTC).date()
-    _counted[Measure.USER, f"{api_key_id.hex}.{what}.{day}"] += times
+    _counted[Measure.USER, f"{api_key_id.hex}.{what}.{datetime.now(UTC).date()}"] += times
 
 
 def take() -> Counts:

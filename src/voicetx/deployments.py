@@ -69,7 +69,7 @@ def create_deployment(connection: Connection, deployment_id: str, name: str | No
         raise DeploymentError("A deployment id has 1 to 128 visible ASCII characters.")
     if name is not None and not is_name(name.strip()):
         raise DeploymentError("A deployment's name has 1 to 256 printable characters.")
-    if _exists(connection, deployment_id):
+    if is_there(connection, deployment_id):
         raise DeploymentTaken(f"There is a deployment {deployment_id} already.")
     connection.execute(
         insert(deployment).values(
@@ -98,17 +98,31 @@ def find_deployment(connection: Connection, deployment_id: str) -> Deployment:
     """Return a deployment with its counts; raises `DeploymentError` where there is none."""
     for found in list_deployments(connection, deployment_id):
         return found
-    raise DeploymentError(f"There is no deployment {deployment_id}. Make it with: voicetx deployment create")
+    raise _refuse(deployment_id)
+
+
+def require_deployment(connection: Connection, deployment_id: str) -> None:
+    """Raise `DeploymentError` where there is no such deployment; asks for none of its counts."""
+    if not is_there(connection, deployment_id):
+        raise _refuse(deployment_id)
+
+
+def is_there(connection: Connection, deployment_id: str) -> bool:
+    """Say whether there is such a deployment."""
+    found = connection.execute(select(deployment.c.deployment_id).where(deployment.c.deployment_id == deployment_id))
+    return found.first() is not None
+
+
+def _refuse(deployment_id: str) -> DeploymentError:
+    return DeploymentError(f"There is no deployment {deployment_id}. Make it with: voicetx deployment create")
 
 
 def list_deployments(connection: Connection, only: str | None = None) -> list[Deployment]:
     """Return the deployments, oldest first, with their counts; or the one that is asked for, if it is there."""
     wanted = select(deployment).order_by(deployment.c.created_at_ms, deployment.c.deployment_id)
-    if only is None:
-        counts = tallies.read_registered(connection)
-    else:
+    if only is not None:
         wanted = wanted.where(deployment.c.deployment_id == only)
-        counts = {only: tallies.read_totals(connection, only)}
+    counts = tallies.read_registered(connection, only)
     return [
         Deployment(row.deployment_id, row.name, row.created_at_ms, *counts.get(row.deployment_id, (0, 0)))
         for row in connection.execute(wanted)
@@ -120,8 +134,7 @@ def register_transactions(connection: Connection, deployment_id: str, ids: Colle
 
     Those that an update registered by itself (under `unassigned`) are taken over. May be repeated.
     """
-    if not _exists(connection, deployment_id):
-        raise DeploymentError(f"There is no deployment {deployment_id}. Make it with: voicetx deployment create")
+    require_deployment(connection, deployment_id)
     insert_transactions(connection, deployment_id, ids, time.time_ns() // 1_000_000)
     matches, values = match_ids(connection, ids)
     elsewhere = select(voice_transaction.c.transaction_id, voice_transaction.c.deployment_id).where(
@@ -280,8 +293,3 @@ def _judge(number: int, text: str) -> Line:
     if is_id(transaction_id):
         return Line(number, transaction_id)
     return Line(number, None, f"{_FIELD} must be 1 to 128 visible ASCII characters")
-
-
-def _exists(connection: Connection, deployment_id: str) -> bool:
-    found = connection.execute(select(deployment.c.deployment_id).where(deployment.c.deployment_id == deployment_id))
-    return found.first() is not None

@@ -6,6 +6,7 @@ time-out: it may hold fewer rows than were asked for, or none, and there is more
 nothing of who asks.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,6 +72,11 @@ class Receipt(NamedTuple):
 
 
 ANYTHING = Filters()
+
+
+def match_missing(unheard_ms: int) -> Filters:
+    """Return what finds the transactions whose outcome is missing and of which nothing was heard for so long."""
+    return Filters(is_finished=False, unheard_since_ms=time.time_ns() // 1_000_000 - unheard_ms)
 
 
 def list_transactions(

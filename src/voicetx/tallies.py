@@ -162,10 +162,7 @@ def read_changes(connection: Connection) -> Changes:
 
 def count_changes(changes: Changes) -> dict[str, Counts]:
     """Return what changes add to the counts, by deployment."""
-    by_deployment: dict[str, list[Any]] = {}
-    for row in changes.rows:
-        by_deployment.setdefault(row.deployment_id, []).append(row)
-    return {deployment_id: _count_rows(rows) for deployment_id, rows in sorted(by_deployment.items())}
+    return {deployment_id: _count_rows(rows) for deployment_id, rows in sorted(_group(changes.rows).items())}
 
 
 def fold(connection: Connection, ids: Sequence[int], counts: Mapping[str, Counts]) -> None:
@@ -199,42 +196,34 @@ def read(connection: Connection, deployment_id: str) -> Counts:
     return Counter({key: number for key, number in counts.items() if number})
 
 
-def read_registered(connection: Connection) -> dict[str, tuple[int, int]]:
-    """Return, by deployment, how many transactions are registered and of how many something was reported."""
+def read_registered(connection: Connection, only: str | None = None) -> dict[str, tuple[int, int]]:
+    """Return, by deployment, how many transactions are registered and of how many something was reported.
+
+    Of one deployment, where `only` names it: less than a report reads.
+    """
     columns = tally.c
     folded = select(
         columns.deployment_id,
         columns.measure,
         cast(func.sum(columns["count"]), BigInteger).label("registered"),
         null().label("changes"),
-    )
+    ).where(columns.measure.in_([Measure.REGISTERED, Measure.OUTCOME]))
     others = select(tally_change.c.deployment_id, null(), tally_change.c.registered, tally_change.c.changes)
-    rows = connection.execute(
-        union_all(
-            folded.where(columns.measure.in_([Measure.REGISTERED, Measure.OUTCOME])).group_by(
-                columns.deployment_id, columns.measure
-            ),
-            others,
-        )
-    ).all()
-    found: dict[str, Counter[Measure]] = {}
+    if only is not None:
+        folded = folded.where(columns.deployment_id == only)
+        others = others.where(tally_change.c.deployment_id == only)
+    rows = connection.execute(union_all(folded.group_by(columns.deployment_id, columns.measure), others)).all()
+    found: dict[str, Counter[str]] = {}
     for row in rows:
-        totals = found.setdefault(row.deployment_id, Counter())
         if row.measure is not None:
-            totals[Measure(row.measure)] += row.registered
-            continue
-        for (measure, _), number in _count_rows([row]).items():
+            found.setdefault(row.deployment_id, Counter())[row.measure] += row.registered
+    for deployment_id, changes in _group(row for row in rows if row.measure is None).items():
+        totals = found.setdefault(deployment_id, Counter())
+        for (measure, _), number in _count_rows(changes).items():
             totals[measure] += number
     return {
         deployment_id: (totals[Measure.REGISTERED], totals[Measure.OUTCOME]) for deployment_id, totals in found.items()
     }
-
-
-def read_totals(connection: Connection, deployment_id: str) -> tuple[int, int]:
-    """Return how many transactions of a deployment are registered, and of how many something was reported."""
-    counts = read(connection, deployment_id)
-    reported = sum(number for (measure, _), number in counts.items() if measure is Measure.OUTCOME)
-    return counts[Measure.REGISTERED, ""], reported
 
 
 def forget(connection: Connection, deployment_id: str) -> None:
@@ -249,6 +238,13 @@ def forget(connection: Connection, deployment_id: str) -> None:
 def count(lines: Iterable[str], *, registered: int = 0) -> Counts:
     """Return what lines without a heading, and so many transactions more, add to the counts."""
     return _count([("", lines)], registered)
+
+
+def _group(rows: Iterable[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        found.setdefault(row.deployment_id, []).append(row)
+    return found
 
 
 def _count_rows(rows: Iterable[Any]) -> Counts:

@@ -53,6 +53,7 @@ from voicetx.deployments import (
     create_deployment,
     guess_format,
     is_name,
+    is_there,
     list_deployments,
     mint_transactions,
     register_transactions,
@@ -157,7 +158,9 @@ async def show(call: Call) -> Answer:
     """Show a deployment: how many transactions it has, and of how many something was reported."""
     read_query(call, Asked)
     deployment_id = call.deployment_id
-    return await answer_json(partial(_describe, await find_deployment(call, deployment_id)))
+    for found in await call.services.store.read(partial(list_deployments, only=deployment_id)):
+        return await answer_json(partial(_describe, found))
+    raise Rejected(Refusal.NOT_FOUND)
 
 
 @router.get(
@@ -217,7 +220,7 @@ async def load(call: Call) -> Answer:
     that the body is too large or the store away: what was loaded by then stays.
     """
     deployment_id = call.deployment_id
-    await find_deployment(call, deployment_id)
+    await require_deployment(call)
     with take_place(call):
         loaded = await _load(call, deployment_id)
     return await answer_json(
@@ -313,11 +316,10 @@ def _choose_format(call: Call, first_line: str) -> FileFormat:
     return guess_format(first_line)
 
 
-async def find_deployment(call: Call, deployment_id: str) -> Deployment:
-    """Return a deployment; raises `Rejected` (404) where there is none."""
-    for found in await call.services.store.read(partial(list_deployments, only=deployment_id)):
-        return found
-    raise Rejected(Refusal.NOT_FOUND)
+async def require_deployment(call: Call) -> None:
+    """Raise `Rejected` (404) where there is no such deployment as the path names."""
+    if not await call.services.store.read(partial(is_there, deployment_id=call.deployment_id)):
+        raise Rejected(Refusal.NOT_FOUND)
 
 
 def _describe(found: Deployment) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from voicetx.api.answers import Answer, ClientGone, Headers, answer_error, note_
 from voicetx.api.bodies import read_body
 from voicetx.api.updates import require_grant, sign_in
 from voicetx.auth import ApiUser, Grant
+from voicetx.deployments import is_id
 from voicetx.errors import Fault, Refusal, Rejected
 from voicetx.services import Services
 
@@ -66,7 +67,7 @@ class Call:
         """The deployment that the path names; what no deployment can be called is not found."""
         deployment_id = unquote(self.request.path_params["deployment_id"])
         # Nothing else was ever made, and a database may not take it.
-        if not (deployment_id.isascii() and deployment_id.isprintable()):
+        if not is_id(deployment_id):
             raise Rejected(Refusal.NOT_FOUND)
         return deployment_id
 

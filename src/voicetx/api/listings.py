@@ -6,7 +6,6 @@ slowly keeps a database transaction open, and an export of a million rows holds 
 """
 
 import re
-import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from starlette.responses import StreamingResponse
 
 from voicetx.api.answers import Answer
-from voicetx.api.deployments import find_deployment
+from voicetx.api.deployments import require_deployment
 from voicetx.api.endpoints import (
     DEPLOYMENT_PATH,
     Asked,
@@ -32,7 +31,7 @@ from voicetx.api.openapi_programs import ShownTransactions, describe_export, des
 from voicetx.auth import Grant
 from voicetx.contract import DropCode, TransactionId
 from voicetx.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
-from voicetx.listings import Filters, ListedTransaction, Page, list_transactions
+from voicetx.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
 from voicetx.reports import read_time
 
 router = APIRouter(tags=["Transactions"])
@@ -164,8 +163,8 @@ async def list_missing(call: Call) -> Answer:
     Of none of them was anything heard for so many minutes: a list to send back to the dialer.
     """
     asked = read_query(call, MissingQuery)
-    before_ms = time.time_ns() // 1_000_000 - asked.older_than_minutes * _MINUTE_MS
-    return await _answer_page(call, Filters(is_finished=False, unheard_since_ms=before_ms), asked.after, asked.limit)
+    filters = match_missing(asked.older_than_minutes * _MINUTE_MS)
+    return await _answer_page(call, filters, asked.after, asked.limit)
 
 
 @router.get(
@@ -186,7 +185,7 @@ async def export(call: Call) -> StreamingResponse:
     asked = read_query(call, ExportQuery)
     export_format = ExportFormat(asked.format) if asked.format is not None else _choose_format(call)
     deployment_id = call.deployment_id
-    await find_deployment(call, deployment_id)
+    await require_deployment(call)
     filters = asked.to_filters()
     first = await _read_page(call, deployment_id, filters, "", _ROWS_A_PAGE)
     name = _UNSAFE.sub("-", deployment_id).strip("-")[:64] or "deployment"
@@ -226,7 +225,7 @@ async def _answer_page(call: Call, filters: Filters, after: str | None, limit: i
     deployment_id = call.deployment_id
     page = await _read_page(call, deployment_id, filters, after or "", limit)
     if not page.rows and page.next is None:
-        await find_deployment(call, deployment_id)
+        await require_deployment(call)
     return await answer_json(
         lambda: {"transactions": [describe_listed(_show(call, row)) for row in page.rows], "next": page.next}
     )

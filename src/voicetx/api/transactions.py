@@ -13,6 +13,7 @@ from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users
 from voicetx.api.openapi import TRANSACTION_REQUEST, describe_transaction_answers
 from voicetx.auth import Grant
+from voicetx.deployments import is_id
 from voicetx.errors import Refusal, Rejected
 from voicetx.reports import TransactionReport, describe_transaction, mask_transaction, report_transaction
 
@@ -41,7 +42,7 @@ async def show_transaction(call: Call) -> Answer:
     transaction_id = call.request.path_params["transaction_id"]
     report = None
     # Nothing else was ever registered, and a database may not take it.
-    if transaction_id.isascii() and transaction_id.isprintable():
+    if is_id(transaction_id):
         report = await call.services.store.read(
             lambda connection: report_transaction(
                 connection, transaction_id, most_updates=MOST_UPDATES, most_characters=MOST_CHARACTERS

@@ -114,9 +114,6 @@ async def answer_update(services: Services, scope: Scope, receive: Receive) -> t
 
 async def sign_in(services: Services, scope: Scope) -> ApiUser:
     """Return the API user that the request's `authorization` header names; raises as `Authenticator` does."""
-    user = _recall(services, scope)
-    if user is not None:
-        return user
     return await services.authenticator.authenticate(find_authorization(scope), client_address(scope))
 
 

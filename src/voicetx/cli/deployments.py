@@ -185,7 +185,7 @@ def load(
     NDJSON has {"transaction-id": ...} on each line, CSV a header with transaction-id. Bad lines are named and the rest
     is loaded; the exit status is then 1.
     """
-    write(lambda connection: deployments.find_deployment(connection, deployment_id))
+    write(lambda connection: deployments.require_deployment(connection, deployment_id))
     source = sys.stdin if file == "-" else Path(file).open(encoding="utf-8-sig", errors="replace", newline="")  # noqa: SIM115 - closed below
     try:
         lines = _read(source, file, file_format)

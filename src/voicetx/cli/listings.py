@@ -6,7 +6,6 @@ they may be of any length and run beside a service that writes.
 
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -21,7 +20,7 @@ from voicetx.cli.output import AsJson, CommandError, complain, read_age, run_on_
 from voicetx.contract import DropCode
 from voicetx.deployments import is_id
 from voicetx.exports import ExportFormat, begin_export, describe_receipt, render_rows
-from voicetx.listings import Filters, ListedTransaction, find_receipts, list_transactions
+from voicetx.listings import Filters, ListedTransaction, find_receipts, list_transactions, match_missing
 from voicetx.reports import format_time, read_time
 from voicetx.store import Store
 
@@ -41,7 +40,7 @@ def list_missing(
 ) -> None:
     """List the transactions never reported, or whose report leaves open how the call ended (with --json, NDJSON)."""
     age_ms = read_age(older_than, "mhd") if older_than is not None else 0
-    filters = Filters(is_finished=False, unheard_since_ms=time.time_ns() // 1_000_000 - age_ms)
+    filters = match_missing(age_ms)
     if not as_json:
         typer.echo(f"{'heard of':<26}{'call-state':<12}{'drop-code':<11}transaction-id")
 
@@ -158,7 +157,7 @@ def _walk(
     """Show a deployment's transactions page by page and return how many there were."""
 
     async def walk(store: Store) -> int:
-        await store.read(partial(deployments.find_deployment, deployment_id=deployment_id))
+        await store.read(partial(deployments.require_deployment, deployment_id=deployment_id))
         _print_bytes(head)
         count, after = 0, ""
         while True:

@@ -47,7 +47,7 @@ def purge(
     """
     before_ms = time.time_ns() // 1_000_000 - read_age(older_than)
     if deployment is not None:
-        write(lambda connection: deployments.find_deployment(connection, deployment))
+        write(lambda connection: deployments.require_deployment(connection, deployment))
     purged = _run(
         lambda store, advance: retention.purge(
             store, before_ms, deployment_id=deployment, is_dry_run=dry_run, advance=advance

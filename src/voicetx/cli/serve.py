@@ -17,7 +17,6 @@ from voicetx.auth import AdministrationError, Grant
 from voicetx.cli.output import CommandError, write
 from voicetx.cli.simulate import accompany
 from voicetx.contract import UPDATE_PATH
-from voicetx.deployments import DeploymentError
 from voicetx.settings import LogFormat, LogLevel, Settings
 from voicetx.store import open_store
 
@@ -107,9 +106,7 @@ def _make_demo(key_file: Path) -> tuple[str, str]:
     """Return the key id and secret key of the demonstration's API user; what is missing of all that is made."""
 
     def work(connection: Connection) -> tuple[str, str | None]:
-        try:
-            deployments.find_deployment(connection, _DEMO_NAME)
-        except DeploymentError:
+        if not deployments.is_there(connection, _DEMO_NAME):
             deployments.create_deployment(connection, _DEMO_NAME, "Demonstration")
         deployments.register_transactions(
             connection, _DEMO_NAME, [f"demo-{number:03}" for number in range(1, _DEMO_TRANSACTIONS + 1)]

@@ -9,7 +9,7 @@ any character; numbers are sent in bodies only, for addresses end in logs and in
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -32,9 +32,10 @@ from voicetx.dashboard.live import LivePages, look_at
 from voicetx.dashboard.overview import SPANS
 from voicetx.dashboard.rendering import ASSETS, render
 from voicetx.dashboard.sessions import PATH
-from voicetx.deployments import list_deployments
+from voicetx.deployments import is_id, is_there, list_deployments
 from voicetx.errors import Refusal, Rejected
-from voicetx.listings import Filters, ListedTransaction, list_transactions
+from voicetx.exports import mask_listed
+from voicetx.listings import Filters, ListedTransaction, list_transactions, match_missing
 from voicetx.reports import CALL_STATES, DROP_CODES, mask_transaction, report_transaction, report_users
 from voicetx.services import Services
 from voicetx.store import StoreUnavailable
@@ -213,9 +214,7 @@ async def show_missing(request: Request) -> Response:
     async def show(visit: Visit) -> Response:
         deployment_id, after = visit.wanted, request.query_params.get("after", "")
         minutes = _read_number(request.query_params.get("minutes", "0"))
-        before_ms = time.time_ns() // 1_000_000 - minutes * 60_000
-        filters = Filters(is_finished=False, unheard_since_ms=before_ms)
-        rows, following = await _collect(visit, deployment_id, filters, after)
+        rows, following = await _collect(visit, deployment_id, match_missing(minutes * 60_000), after)
         return visit.render(
             "missing.html",
             deployment_id=deployment_id,
@@ -271,7 +270,7 @@ async def search(request: Request) -> Response:
         form = await _read_form(request)
         text = form.get("q", "").strip()
         deployment_id = form.get("deployment", "")
-        if text and _is_id(text):
+        if is_id(text):
             found = await visit.services.store.read(
                 lambda connection: report_transaction(connection, text, most_updates=1)
             )
@@ -280,7 +279,7 @@ async def search(request: Request) -> Response:
         number: str | None = None
         rows: list[ListedTransaction] = []
         following: str | None = None
-        if visit.may_see_numbers and deployment_id and _is_id(deployment_id):
+        if visit.may_see_numbers and is_id(deployment_id):
             try:
                 number = privacy.read_number(text)
             except ValueError:
@@ -414,7 +413,7 @@ async def _collect(
     store = visit.services.store
     if after:
         _check_id(after)
-    elif not await store.read(lambda connection: list_deployments(connection, deployment_id)):
+    elif not await store.read(partial(is_there, deployment_id=deployment_id)):
         raise Rejected(Refusal.NOT_FOUND)
     rows: list[ListedTransaction] = []
     following: str | None = after
@@ -433,10 +432,7 @@ async def _collect(
         if time.monotonic() > give_up_at:
             break
     if not visit.may_see_numbers:
-        rows = [
-            replace(row, fields={name: privacy.mask_field(name, value) for name, value in row.fields.items()})
-            for row in rows
-        ]
+        rows = list(map(mask_listed, rows))
     return rows, following
 
 
@@ -486,10 +482,6 @@ def _read_number(text: str) -> int:
 
 def _check_id(text: str) -> str:
     # Nothing else was ever registered, and a database may not take it.
-    if not _is_id(text):
+    if not is_id(text):
         raise Rejected(Refusal.NOT_FOUND)
     return text
-
-
-def _is_id(text: str) -> bool:
-    return re.fullmatch(r"[\x21-\x7e]{1,128}", text) is not None

@@ -54,8 +54,7 @@ def render(template: str, **values: Any) -> str:
 
 def render_parts(overview: Overview) -> dict[str, str]:
     """Return the parts of a deployment's page by their names."""
-    macros = _environment().get_template("parts.html").module
-    return {name: str(getattr(macros, name)(overview)) for name in PARTS}
+    return {name: render_part(name, overview) for name in PARTS}
 
 
 def summarise(overview: Overview) -> str:

@@ -25,9 +25,7 @@ async def recognise(services: Services, scope: Scope) -> ApiUser:
     token = read_token(scope)
     if token is None:
         raise Rejected(Refusal.NOT_SIGNED_IN)
-    authorization = f"Bearer {token}".encode()
-    user = services.authenticator.recall(authorization)
-    return user or await services.authenticator.authenticate(authorization, client_address(scope))
+    return await services.authenticator.authenticate(f"Bearer {token}".encode(), client_address(scope))
 
 
 def read_token(scope: Scope) -> str | None:
