@@ -304,6 +304,8 @@ def test_a_deployment_is_exported(database_url: str, monkeypatch: pytest.MonkeyP
     table = list(csv.DictReader(io.StringIO(text, newline="")))
     assert len(table) == 4
     assert (table[0]["a-party"], table[0]["finished"], table[1]["call-state"]) == ("'+1 555 0100", "true", "")
+    assert run(database_url, "deployment", "export", "campaign", "--json").count("transaction-id") == 4
+    assert "CSV is no JSON" in fail(database_url, "deployment", "export", "campaign", "--format", "csv", "--json")
     for options, count in (
         (("--call-state", "5"), 1),
         (("--drop-code", "2020"), 1),
@@ -333,6 +335,7 @@ def test_receipts_name_what_is_to_be_sent_again(database_url: str) -> None:
     done = invoke(database_url, "deployment", "receipts", "-", text="two words\ntx-0\n")
     assert (done.returncode, done.stdout) == (1, "")
     assert "line 1: no transaction id" in done.stderr
+    assert "Nothing was asked for." in invoke(database_url, "deployment", "receipts", "-", text="two words\n").stderr
 
 
 def test_what_users_did_is_shown(database_url: str) -> None:

@@ -21,7 +21,7 @@ from campaign import DEPLOYMENT, STORY, make_campaign
 from platform_side import make_user, register, run_on
 from servers import Service
 from test_app import connect, running_app
-from voicetx import auth, reports
+from voicetx import activity, auth, reports
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH, parse
 from voicetx.dashboard import live, pages
@@ -105,7 +105,7 @@ def test_who_signs_in_comes_to_where_they_wanted(instance: Instance) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["https://elsewhere/", "//elsewhere", "/docs", "/dashboardx", "/dashboard\r\nx: y", ""]
+    "target", ["https://elsewhere/", "//elsewhere", "/docs", "/dashboardx", "/dashboard/../x", "/dashboard\r\nx: y", ""]
 )
 def test_a_sign_in_leads_to_the_dashboard_only(instance: Instance, target: str) -> None:
     """Whatever a link says, who signs in is not sent out of the dashboard."""
@@ -326,7 +326,7 @@ def test_numbers_are_masked_for_who_may_not_see_them(instance: Instance) -> None
     for user, is_masked in (("reader", True), ("clerk", False)):
         with instance.browse(user) as browser:
             found = browser.post("/dashboard/search", data={"q": "+1 (555) 010-0042", "deployment": DEPLOYMENT})
-            assert found.status_code == (404 if is_masked else 200)
+            assert ("Nothing found" in found.text) is is_masked
             assert (STORY in found.text) is not is_masked
             for path, wanted in (("/dashboard/transaction", STORY), ("/dashboard/deployment/transactions", DEPLOYMENT)):
                 page = browser.get(path, params={"id": wanted}).text
@@ -343,8 +343,9 @@ def test_a_search_finds_an_id_or_says_that_there_is_none(instance: Instance) -> 
         assert (answer.status_code, answer.headers["location"]) == (303, f"/dashboard/transaction?id={STORY}")
         for text in ("nobody", "", "<script>", "\0", "x" * 5000, "caf\u00e9", "+1 555 99"):
             answer = browser.post("/dashboard/search", data={"q": text, "deployment": DEPLOYMENT})
-            assert answer.status_code == 404
+            assert (answer.status_code, "Nothing found" in answer.text) == (200, True)
             assert "<script>" not in answer.text
+            assert ("was left empty" in answer.text) is (not text)
         assert browser.post("/dashboard/search", data={"q": "x" * 9000}).status_code == 413
 
 
@@ -424,6 +425,22 @@ def test_refusals_are_pages(instance: Instance) -> None:
         assert browser.get("/dashboard/deployment/transactions?id=x&state=9").status_code == 404
         assert browser.delete("/dashboard").status_code == 405
         assert browser.delete("/dashboard").headers["content-type"].startswith("text/html")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_pages_that_are_shown_are_no_refusals(database_url: str) -> None:
+    """What an API user is said to have been refused has no page that led elsewhere or found nothing."""
+    async with running_app(database_url) as (app, services, _):
+        user, key = await services.store.write(lambda connection: auth.add_user(connection, "clerk", list(Grant)))
+        activity.take()
+        async with connect(app) as browser:
+            assert (await browser.post(SIGN_IN, data={"secret_key": key})).status_code == 303
+            assert (await browser.post("/dashboard/search", data={"q": "nobody"})).status_code == 200
+            assert (await browser.get("/dashboard/transaction?id=nobody")).status_code == 404
+            assert (await browser.post("/dashboard/sign-out")).status_code == 303
+        ((_, counted),) = activity.take()
+        assert counted.startswith(f"{user.api_key_id.hex}.code-404.")
 
 
 @pytest.mark.anyio

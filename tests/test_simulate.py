@@ -1,5 +1,6 @@
 """`voicetx simulate`: a dialer that isn't there is patient, breaks off in good order, and tells what is not held."""
 
+import asyncio
 import json
 import os
 import pty
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from test_cli import invoke
 from voicetx.auth import Grant
 from voicetx.cli import simulate as command
 from voicetx.deployments import Deployment, list_deployments
+from voicetx.errors import Refusal
 from voicetx.schema import voice_update
 
 GRANTS = (Grant.TRANSACTIONS_UPDATE, Grant.DEPLOYMENTS_WRITE)
@@ -259,6 +263,54 @@ def write_ids(folder: Path, count: int) -> Path:
     file = folder / "some-ids"
     file.write_text("".join(f"tx-{number}\n" for number in range(count)))
     return file
+
+
+class Throttled(BaseHTTPRequestHandler):
+    """A service that has one wait for hours, and then lets nobody in."""
+
+    def do_POST(self) -> None:
+        """Answer as a throttled service does, and at last as one whose key was revoked."""
+        self.rfile.read(int(self.headers["content-length"]))
+        refusal = next(self.refusals)
+        self.send_response(refusal.status)
+        content = json.dumps({"code": refusal.code, "description": refusal.description}).encode()
+        self.send_header("retry-after", "3600")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    refusals = iter([Refusal.THROTTLED] * 5 + [Refusal.INTERNAL] * 5 + [Refusal.NOT_SIGNED_IN])
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_live_campaign_goes_on_after_any_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever uses up the demonstration's calls, or stops it, its campaign goes on; a key that is gone ends it."""
+    clock = SimpleNamespace(now=0.0, time_ns=time.time_ns)
+    clock.monotonic = lambda: clock.now
+    pause = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        clock.now += max(seconds, 0)
+        await pause(0)
+
+    monkeypatch.setattr(command, "time", clock)
+    monkeypatch.setattr(command.asyncio, "sleep", sleep)
+    monkeypatch.setenv("NO_PROXY", "")  # is set by what is tested, and set back
+    with HTTPServer(("127.0.0.1", 0), Throttled) as throttled, ExitStack() as stack:
+        threading.Thread(target=throttled.serve_forever, daemon=True).start()
+        stack.callback(throttled.shutdown)
+        reading, writing = os.pipe()
+        told = stack.enter_context(os.fdopen(writing, "w"))
+        print(json.dumps([f"http://127.0.0.1:{throttled.server_port}", "vsk_x", "UTC"]), file=told, flush=True)
+        monkeypatch.setattr(sys, "stdin", stack.enter_context(os.fdopen(reading)))
+        command.ring_on()
+    assert clock.now >= 10 * 3600
+    assert "No more calls are simulated" in (said := capsys.readouterr().err)
+    assert "answered 498" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

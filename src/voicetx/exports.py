@@ -1,12 +1,13 @@
 """Transactions of a list as they are handed on: as JSON, as NDJSON, as CSV that no spreadsheet takes for formulas.
 
-A cell of the CSV that a spreadsheet would read as a formula, or eat the plus sign of, has an apostrophe before it, and
-so has one that begins with an apostrophe: whoever drops the apostrophe that a cell begins with has the values as they
-were. Pure functions on pages of `voicetx.listings`; knows neither who asks nor where it goes.
+Where a spreadsheet would read a cell of the CSV as a formula, or eat its plus sign, an apostrophe stands before that
+sign; docs/reports.md says how a program takes it away again. Pure functions on pages of `voicetx.listings`; knows
+neither who asks nor where it goes.
 """
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
@@ -21,8 +22,9 @@ from voicetx.reports import format_time
 
 _COLUMNS = (*WIRE_NAMES.values(), "inconsistent", "finished", "updates", "registered_at", "updated_at")
 
-# What makes a cell a formula somewhere (OWASP, CSV Injection), full-width signs among them; and the apostrophe itself.
-_DANGEROUS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'")
+# Before what makes a formula (OWASP, CSV Injection), full-width signs among them, at a cell's start and after whatever
+# another country's spreadsheet splits cells at; and before an apostrophe there, so that nothing is lost.
+_BEGINS_FORMULA = re.compile(r"(?:^|(?<=[,;|\t\r\n\"]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20'])")
 
 
 class ExportFormat(StrEnum):
@@ -71,8 +73,8 @@ def render_rows(rows: Iterable[ListedTransaction], export_format: ExportFormat) 
 
 
 def defuse(value: str) -> str:
-    """Return a cell's value with an apostrophe before it where a spreadsheet would take it for more than text."""
-    return f"'{value}" if value.startswith(_DANGEROUS) else value
+    """Return a cell's value with an apostrophe wherever a spreadsheet would take what follows for more than text."""
+    return _BEGINS_FORMULA.sub("'", value)
 
 
 def _write_ndjson(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -30,7 +30,7 @@ from voicetx.throttle import ThrottleReached
 Headers = tuple[tuple[bytes, bytes], ...]
 
 _JSON: Headers = ((b"content-type", b"application/json"),)
-_SUCCESSES = frozenset({200, 201})
+_REFUSALS = frozenset(refusal.code for refusal in Refusal)
 _RETRY_AFTER_SECONDS = 1
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
 _REFUSAL_BY_STATUS = {404: Refusal.NOT_FOUND, 405: Refusal.METHOD_NOT_SUPPORTED}
@@ -152,7 +152,7 @@ def log_request(
         answers, answer_seconds = _find_counters(path, code)
         answers.inc()
         answer_seconds.observe(seconds)
-        if user is not None and code not in _SUCCESSES:
+        if user is not None and code in _REFUSALS:
             activity.count(user.api_key_id, f"code-{code}")
     log_request_line(
         "request" if code is not None else "request.abandoned",

@@ -178,9 +178,9 @@ async def list_missing(call: Call) -> Answer:
 async def export(call: Call) -> StreamingResponse:
     """Stream a deployment's transactions, in the order of their ids, as CSV (RFC 4180) or NDJSON.
 
-    A cell of the CSV that a spreadsheet would take for a formula has an apostrophe before it, phone numbers with a plus
-    among them: a program drops the first apostrophe of every cell that begins with one. What can't be sent whole ends
-    with the connection cut. Without the grant transactions:read-personal what is personal is masked.
+    What a spreadsheet would take for a formula has an apostrophe before it in the CSV, phone numbers with a plus among
+    them: programs are better off with NDJSON. What can't be sent whole ends with the connection cut. Without the grant
+    transactions:read-personal what is personal is masked.
     """
     asked = read_query(call, ExportQuery)
     export_format = ExportFormat(asked.format) if asked.format is not None else _choose_format(call)

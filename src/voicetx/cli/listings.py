@@ -58,9 +58,12 @@ def list_missing(
         complain(f"The outcome of {count:,} transactions of {deployment_id} is missing.")
 
 
-def export(
+def export(  # noqa: PLR0913 - an option each
     deployment_id: Id,
-    export_format: Annotated[ExportFormat, typer.Option("--format", help="csv or ndjson.")] = ExportFormat.NDJSON,
+    *,
+    export_format: Annotated[
+        ExportFormat | None, typer.Option("--format", help="csv or ndjson, which it is where nothing is said.")
+    ] = None,
     call_state: Annotated[Literal["1", "2", "3", "4", "5", "6"] | None, typer.Option()] = None,
     drop_code: Annotated[DropCode | None, typer.Option()] = None,
     reported: Annotated[bool | None, typer.Option("--reported/--unreported")] = None,
@@ -69,12 +72,16 @@ def export(
     updated_since: Annotated[
         str | None, typer.Option(metavar="TIME", help="RFC 3339, such as 2026-01-31T08:00:00Z.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print a deployment's transactions, one on each line, in the order of their ids.
 
-    A cell of the CSV that a spreadsheet would take for a formula, phone numbers with a plus among them, has an
-    apostrophe before it; and so has one that begins with an apostrophe.
+    What a spreadsheet would take for a formula has an apostrophe before it in the CSV, phone numbers with a plus among
+    them: programs are better off with NDJSON.
     """
+    if as_json and export_format is ExportFormat.CSV:
+        raise CommandError("CSV is no JSON: ask for one of them.")
+    export_format = export_format or ExportFormat.NDJSON
     try:
         updated_since_ms = read_time(updated_since) if updated_since is not None else None
     except ValueError as error:
@@ -108,7 +115,10 @@ def find_held(
         asked, held, faults = run_on_store(lambda store: _find_held(store, lines, as_json=as_json))
     finally:
         source.close()
-    complain(f"{asked - held:,} of {asked:,} are not held." if held < asked else f"All of {asked:,} are held.")
+    if not asked:
+        complain("Nothing was asked for.")
+    else:
+        complain(f"{asked - held:,} of {asked:,} are not held." if held < asked else f"All of {asked:,} are held.")
     if faults:
         complain(f"{faults:,} lines hold no transaction id.")
         raise typer.Exit(1)

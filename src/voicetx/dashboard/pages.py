@@ -52,7 +52,7 @@ _SEARCH_SECONDS = 1.5  # how long a search goes on through rows that are not wan
 _REPORTED_DAYS = 7
 _AGES = {0: "any time", 15: "15 minutes or more", 60: "an hour or more", 1440: "a day or more"}
 _CACHE_FOR_EVER = "public, max-age=31536000, immutable"
-_OWN_PATH = re.compile(r"/dashboard(?:[/?][\x21-\x7e]*)?")
+_OWN_PAGE = re.compile(r"/dashboard(?:/[a-z/-]*)?(?:\?[\x21-\x7e]*)?")
 _STATUS = {Refusal.NOT_GRANTED: 403, Refusal.INTERNAL: 503, Refusal.METHOD_NOT_SUPPORTED: 405}
 
 router = APIRouter(prefix=PATH, include_in_schema=False)
@@ -81,10 +81,10 @@ class Visit:
         """The id in the query; raises `Rejected` (404) for one that nothing can have."""
         return _check_id(self.request.query_params.get("id", ""))
 
-    def render(self, template: str, *, status: int = 200, **values: Any) -> Response:
+    def render(self, template: str, **values: Any) -> Response:
         """Return a page for this user."""
         return _answer(
-            render(template, user=self.user, zone=self.zone, may_see_numbers=self.may_see_numbers, **values), status
+            render(template, user=self.user, zone=self.zone, may_see_numbers=self.may_see_numbers, **values), 200
         )
 
 
@@ -289,7 +289,6 @@ async def search(request: Request) -> Response:
                 rows, following = await _collect(visit, deployment_id, filters, form.get("after", ""))
         return visit.render(
             "search.html",
-            status=200 if rows or following else 404,
             text=text,
             deployment_id=deployment_id or None,
             number=number,
@@ -307,7 +306,7 @@ async def sign_in(request: Request) -> Response:
     try:
         sessions.require_own_page(request)
         form = await _read_form(request)
-        if _OWN_PATH.fullmatch(form.get("to", "")):
+        if _OWN_PAGE.fullmatch(form.get("to", "")):
             target = form["to"]
         token = await _open_session(request, form.get("secret_key", "").strip())
     except ClientGone:
@@ -386,7 +385,7 @@ def _ask_to_sign_in(request: Request, *, message: str, target: str | None = None
     if target is None:
         query = request.url.query
         target = request.url.path + (f"?{query}" if query else "") if request.method == "GET" else PATH
-        if not _OWN_PATH.fullmatch(target):
+        if not _OWN_PAGE.fullmatch(target):
             target = PATH
     # Where a link on another site led here, a browser keeps a strict cookie to itself; its next request has it.
     is_led_here = request.headers.get("sec-fetch-site") == "cross-site" and request.method == "GET"
