@@ -351,6 +351,21 @@ def test_what_users_did_is_shown(database_url: str) -> None:
     assert re.search(r"^dialer +3 +2 +0 +1002: 1,000 *$", run(database_url, "user", "activity"), re.MULTILINE)
 
 
+def test_ctrl_c_is_taken_from_the_first_moment_on() -> None:
+    """Ctrl-C while a command is still being loaded ends it with the status that shells expect, and no traceback."""
+    program = """
+import runpy, signal, sys
+class Impatient:
+    def find_spec(self, name, *_):
+        if name == "voicetx.cli":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Impatient())
+runpy.run_module("voicetx", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_terminal_is_not_steered_by_what_a_dialer_sent(sqlite_url: str) -> None:
     """Escape sequences in a message are shown, not obeyed."""
     run(sqlite_url, "user", "list")

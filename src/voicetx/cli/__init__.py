@@ -1,6 +1,6 @@
 """The command line: `voicetx`.
 
-Each module holds the commands of one subject; `main` is the entry point, and the one place where what went wrong
+Each module holds the commands of one subject; `main` runs one, and is the one place where what went wrong
 becomes a sentence and a non-zero exit status.
 """
 
@@ -56,8 +56,6 @@ def main() -> None:
         complain(f"The database refused this: {error}.")
     except OSError as error:
         complain(f"{error.filename or 'The system'}: {error.strerror or error}.")
-    except KeyboardInterrupt:
-        sys.exit(130)
     else:
         return
     sys.exit(1)
