@@ -1,6 +1,7 @@
 """The application and the protocol before it, which answers updates the short way: the same answers by both."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +11,9 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import Histogram
 
 from bodies import encode, make_body
 from voicetx import auth, metrics
@@ -118,6 +122,7 @@ async def test_the_application_answers_as_the_short_way_does(served: tuple[FastA
 
 async def test_updates_go_the_short_way(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An update of a known dialer, whole or in pieces, does not get to the application; every other request does."""
+    monkeypatch.setattr("voicetx.http_protocol._PATIENCE_SECONDS", 60.0)  # on a machine that is busy
     async with served_app(database_url, credential_cache_seconds=4) as (app, address, key):
         authorization = {"authorization": f"Bearer {key}"}
         async with httpx.AsyncClient(base_url=address, headers=authorization) as client:
@@ -158,6 +163,96 @@ async def pieces(address: str, key: str, *bodies: bytes, pause_after: int = 10) 
     yield answers
     writer.close()
     await writer.wait_closed()
+
+
+async def ask_at_once(address: str, requests: dict[str, tuple[str, bytes]]) -> dict[str, bytes]:
+    """Send updates, each on a connection of its own and before any is answered; return what came back, by request id.
+
+    They are given as a secret key and a body, by request id; what is cut off has no answer.
+    """
+    connections = {
+        name: await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2])) for name in requests
+    }
+    for name, (key, body) in requests.items():
+        connections[name][1].write(
+            f"PUT {UPDATE_PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\nx-request-id: {name}\r\n"
+            f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+    async with asyncio.timeout(30):
+        answers = {name: await reader.read() for name, (reader, _) in connections.items()}
+    for _, writer in connections.values():
+        writer.close()
+    return answers
+
+
+async def test_updates_of_one_turn_each_have_their_own_answer_and_line(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of updates that come in together each gets the answer, the request id and the log line of its own."""
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr("voicetx.api.answers.log_request_line", lambda event, **values: lines.append(values))
+    async with served_app(database_url, credential_cache_seconds=4) as (_, address, key):
+        wanted = {
+            "known": (key, encode(make_body("tx-0")), 200),
+            "unknown": (key, encode(make_body("nobody")), 1010),
+            "broken": (key, b"{", 1001),
+            "missing": (key, b"{}", 1002),
+            "stranger": ("vsk_stranger", encode(make_body("tx-2")), 498),
+            "same": (key, encode(make_body("tx-0")), 200),
+            **{f"x-{number}": (key, encode(make_body(f"tx-{number}")), 200) for number in range(10)},
+        }
+        for _turn in range(2):  # the first time the dialer is not known yet
+            lines.clear()
+            answers = await ask_at_once(address, {name: (by, body) for name, (by, body, _) in wanted.items()})
+            for name, (_, _, code) in wanted.items():
+                assert f"x-request-id: {name}\r\n".encode() in answers[name]
+                content = json.loads(answers[name].rpartition(b"\r\n\r\n")[2])
+                assert content.get("code", 200) == code
+                assert not name.startswith("x-") or content == {"transaction-id": name.replace("x-", "tx-")}
+            assert {line["request_id"]: line["code"] for line in lines} == {
+                name: code for name, (_, _, code) in wanted.items()
+            }
+            assert len(lines) == len(wanted)
+
+
+async def test_a_defect_on_one_connection_keeps_nobody_else_waiting(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an answer cannot be given, those of the same turn are."""
+    answer = ContractProtocol._answer
+
+    def fail(self: ContractProtocol, cycle: Any, *given: Any) -> None:
+        if (b"x-request-id", b"x-3") in cycle.scope["headers"]:
+            self.transport.abort()
+            raise ZeroDivisionError
+        answer(self, cycle, *given)
+
+    monkeypatch.setattr(ContractProtocol, "_answer", fail)
+    async with served_app(database_url, credential_cache_seconds=4) as (_, address, key):
+        requests = {f"x-{number}": (key, encode(make_body(f"tx-{number}"))) for number in range(10)}
+        await ask_at_once(address, {"x-0": requests["x-0"]})
+        answers = await ask_at_once(address, requests)
+        assert [name for name, answer in answers.items() if b" 200 " not in answer] == ["x-3"]
+
+
+@given(st.lists(st.floats(0, 20) | st.sampled_from([0.001, 0.0025, 5])))
+def test_durations_are_counted_together_as_one_by_one(values: list[float]) -> None:
+    """A histogram that takes values at once shows what one shows that takes them one after the other."""
+    together, alone = (
+        metrics.Durations("d", "d", buckets=(0.001, 0.0025, 5), registry=None),
+        Histogram("d", "d", buckets=(0.001, 0.0025, 5), registry=None),
+    )
+    together.observe_all(values)
+    for value in values:
+        alone.observe(value)
+    shown, expected = (
+        {(sample.name, *sample.labels.values()): sample.value for sample in next(iter(one.collect())).samples}
+        for one in (together, alone)
+    )
+    assert shown.pop(("d_created",))
+    assert expected.pop(("d_created",))
+    assert shown == pytest.approx(expected)
 
 
 async def test_pipelined_updates_are_answered_in_order(database_url: str) -> None:

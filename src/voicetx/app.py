@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -21,9 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from voicetx.api import bulk, deployments, listings, operations, receipts, tokens, transactions, updates, users
 from voicetx.api.answers import (
     ClientGone,
+    Ended,
     answer_error,
     choose_request_id,
-    log_request,
+    log_requests,
     note_for_log,
     send_answer,
     to_response,
@@ -31,6 +33,7 @@ from voicetx.api.answers import (
 from voicetx.api.endpoints import RawPath
 from voicetx.api.openapi import complete_openapi
 from voicetx.api.pages import PageGuard
+from voicetx.api.short_way import ShortWay
 from voicetx.contract import UPDATE_PATH
 from voicetx.dashboard import pages as dashboard
 from voicetx.dashboard.live import LivePages
@@ -49,14 +52,14 @@ def create_app(settings: Settings) -> FastAPI:
     """Return the FastAPI application; its lifespan opens the database and closes it when all is answered."""
 
     @asynccontextmanager
-    async def run_services(app: FastAPI) -> AsyncIterator[dict[str, Services]]:
+    async def run_services(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         services = await Services.start(settings)
         app.state.services = services
         # What is there now stays: the collector need not go through it again for every few thousand new objects.
         gc.collect()
         gc.freeze()
         try:
-            yield {"services": services}  # where the protocol finds them
+            yield {"services": services, "short_way": ShortWay(services)}  # where the protocol finds them
         finally:
             await services.close()
 
@@ -175,4 +178,4 @@ def _log_answer(scope: Scope, request_id: bytes, started: float, status: int | N
     code, user = scope.get("state", {}).get("voicetx.log", (status, None))
     # The path as it was declared: what a client put in it may be personal.
     path = getattr(scope.get("route"), "path", "unknown")
-    log_request(scope, request_id, started, path=path, code=code, user=user)
+    log_requests([Ended(scope["method"], path, request_id, started, code, user)])

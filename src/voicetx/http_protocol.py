@@ -17,25 +17,20 @@ every request. We upgrade to nothing, so a head with an offer is read once more 
 
 import resource
 import time
-from asyncio import Future, TimerHandle, Transport
+from asyncio import TimerHandle, Transport
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import httptools
 import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from voicetx.api.answers import Answer, answer_refusal, choose_request_id, log_request
-from voicetx.api.updates import REFUSED_METHOD, Submitted, answer_outcome, submit_at_once
+from voicetx.api.answers import Answer, Ended, answer_refusal, choose_request_id, log_requests
+from voicetx.api.updates import REFUSED_METHOD
 from voicetx.contract import UPDATE_PATH
 from voicetx.errors import Refusal, Rejected
-
-if TYPE_CHECKING:
-    from starlette.types import Scope
-
-    from voicetx.recording import Outcome
 
 _PATIENCE_SECONDS = 0.1  # for a body that comes after its head; then it is waited for on the way of every request
 _LAST_REQUEST_SECONDS = 0.5  # for a request that was on its way when the service was told to stop
@@ -215,8 +210,8 @@ class ContractProtocol(HttpToolsProtocol):
             super()._start_asgi_task(cycle, app)
         elif cycle.more_body:
             self._held = cycle, app
-        elif not self._submit(cycle):
-            super()._start_asgi_task(cycle, app)
+        else:
+            self._offer(cycle, app)
 
     def shutdown(self) -> None:
         """Take one more request where none is under way, but not for long; uvicorn would cut it off."""
@@ -240,36 +235,33 @@ class ContractProtocol(HttpToolsProtocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        if cycle.more_body or not self._submit(cycle):
+        if cycle.more_body:
             super()._start_asgi_task(cycle, app)
+        else:
+            self._offer(cycle, app)
 
-    def _submit(self, cycle: RequestResponseCycle) -> bool:
-        """Say whether the request was taken; it is answered when its update is on disk."""
-        started = time.perf_counter()
-        services = self.app_state.get("services")
-        if services is None or self.flow.write_paused:
-            return False
-        submitted = submit_at_once(services, cast("Scope", cycle.scope), bytes(cycle.body))
-        if submitted is None:
-            return False
-        submitted.outcome.add_done_callback(partial(self._answer, cycle, submitted, started))
-        return True
+    def _offer(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Have a request whose body is whole go the short way, or else that of every request."""
+        short_way = self.app_state.get("short_way")
+        if short_way is None or self.flow.write_paused:
+            super()._start_asgi_task(cycle, app)
+        else:
+            short_way.offer(
+                cycle.scope,
+                bytes(cycle.body),
+                answer=partial(self._answer, cycle),
+                decline=partial(super()._start_asgi_task, cycle, app),
+            )
 
-    def _answer(
-        self, cycle: RequestResponseCycle, submitted: Submitted, started: float, _outcome: "Future[Outcome]"
-    ) -> None:
-        answer = answer_outcome(submitted)
-        request_id = choose_request_id(cycle.scope["headers"])
-        if not cycle.disconnected:
-            self.transport.write(self._render(answer, request_id, keep_alive=cycle.keep_alive))
-            # What uvicorn does when an answer is complete.
-            cycle.response_started = cycle.response_complete = True
-            if not cycle.keep_alive:
-                self.transport.close()
-            self.on_response_complete()
-        log_request(
-            cast("Scope", cycle.scope), request_id, started, path=UPDATE_PATH, code=answer.code, user=submitted.user
-        )
+    def _answer(self, cycle: RequestResponseCycle, answer: Answer, request_id: bytes) -> None:
+        if cycle.disconnected:
+            return
+        self.transport.write(self._render(answer, request_id, keep_alive=cycle.keep_alive))
+        # What uvicorn does when an answer is complete.
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def _render(self, answer: Answer, request_id: bytes, *, keep_alive: bool) -> bytes:
         lines = [STATUS_LINE[answer.status]]
@@ -320,7 +312,7 @@ class ContractProtocol(HttpToolsProtocol):
         # Closed at once, with more on the way here, the connection would be reset and the answer lost with it.
         self.transport.write_eof()
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)
-        log_request({"method": "unknown"}, request_id, time.perf_counter(), path="unknown", code=answer.code)
+        log_requests([Ended("unknown", "unknown", request_id, time.perf_counter(), answer.code, None)])
 
     def _hang_up_on_the_slow(self) -> None:
         """Close the connection where nothing has moved since this was last called and the client is to blame."""

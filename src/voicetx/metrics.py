@@ -5,18 +5,32 @@ serve, each keeps its figures in files of its own (PROMETHEUS_MULTIPROC_DIR, whi
 is imported), and whichever is asked adds them up. No label holds anything that a dialer sends.
 """
 
+import collections
 import os
+from bisect import bisect_left
+from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 _own = CollectorRegistry()
 
+
+class Durations(Histogram):
+    """A histogram that takes many values at once: each write of one costs a system call and a lock."""
+
+    def observe_all(self, values: Collection[float]) -> None:
+        """Observe values as `observe` does one after the other."""
+        self._sum.inc(sum(values))
+        for bucket, times in collections.Counter(bisect_left(self._upper_bounds, value) for value in values).items():
+            self._buckets[bucket].inc(times)
+
+
 ANSWERS = Counter("voicetx_answers", "Answers given, by path and the contract's code.", ["path", "code"], registry=_own)
 ABANDONED = Counter(
     "voicetx_abandoned_requests", "Requests whose client hung up before they were whole.", registry=_own
 )
-ANSWER_SECONDS = Histogram(
+ANSWER_SECONDS = Durations(
     "voicetx_answer_seconds",
     "How long a request took to be answered.",
     ["path"],

@@ -1,20 +1,20 @@
 """Answers: what goes back over the wire, and the one place where an exception becomes one.
 
 Every endpoint's refusals end here, in the shape of contract section 3, and every request ends in the one log line that
-`log_request` writes. Knows the table and HTTP, not what an endpoint does.
+`log_requests` writes. Knows the table and HTTP, not what an endpoint does.
 """
 
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import structlog
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -132,40 +132,48 @@ async def send_answer(send: Send, answer: Answer, request_id: bytes) -> None:
     await send({"type": "http.response.body", "body": answer.body})
 
 
-def log_request(
-    scope: Scope,
-    request_id: bytes,
-    started: float,
-    *,
-    path: str,
-    code: int | None = None,
-    user: ApiUser | None = None,
-) -> None:
-    """Write a request's one log line and count it.
+class Ended(NamedTuple):
+    """A request that has ended, for its log line: no `code` says that the client hung up before it was whole.
 
-    `started` is the performance counter's; no `code` says that the client hung up before the request was whole.
+    `started` is the performance counter's.
     """
-    seconds = time.perf_counter() - started
-    if code is None:
-        metrics.ABANDONED.inc()
-    else:
+
+    method: str
+    path: str
+    request_id: bytes
+    started: float
+    code: int | None
+    user: ApiUser | None
+
+
+def log_requests(requests: Sequence[Ended]) -> None:
+    """Write the one log line of each request and count it, all of them as ended now."""
+    now = time.perf_counter()
+    answered: dict[tuple[str, int], list[float]] = {}
+    for method, path, request_id, started, code, user in requests:
+        seconds = now - started
+        if code is None:
+            metrics.ABANDONED.inc()
+        else:
+            answered.setdefault((path, code), []).append(seconds)
+            if user is not None and code in _REFUSALS:
+                activity.count(user.api_key_id, f"code-{code}")
+        log_request_line(
+            "request" if code is not None else "request.abandoned",
+            request_id=request_id.decode("ascii"),
+            method=method,
+            path=path,
+            api_user=user.name if user is not None else None,
+            code=code,
+            milliseconds=round(seconds * 1000, 2),
+        )
+    for (path, code), durations in answered.items():
         answers, answer_seconds = _find_counters(path, code)
-        answers.inc()
-        answer_seconds.observe(seconds)
-        if user is not None and code in _REFUSALS:
-            activity.count(user.api_key_id, f"code-{code}")
-    log_request_line(
-        "request" if code is not None else "request.abandoned",
-        request_id=request_id.decode("ascii"),
-        method=scope["method"],
-        path=path,
-        api_user=user.name if user is not None else None,
-        code=code,
-        milliseconds=round(seconds * 1000, 2),
-    )
+        answers.inc(len(durations))
+        answer_seconds.observe_all(durations)
 
 
 @lru_cache(maxsize=4096)
-def _find_counters(path: str, code: int) -> tuple[Counter, Histogram]:
+def _find_counters(path: str, code: int) -> tuple[Counter, metrics.Durations]:
     # Paths are those of routes, as declared, and codes those of the table: there are few of either.
     return metrics.ANSWERS.labels(path, code), metrics.ANSWER_SECONDS.labels(path)

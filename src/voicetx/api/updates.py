@@ -1,14 +1,12 @@
 """The update endpoint: a dialer reports what became of a call.
 
 `answer_update` is the whole way of an update in the order of contract section 3: method, credential, grant, throttle,
-body, rules, store. `submit_at_once` takes the same steps for an update that none of them keeps waiting and none
-refuses, which is what nearly all are; `voicetx.http_protocol` calls it. The FastAPI route below does the rest, and
-gives the path its place in the OpenAPI document. Nothing here knows how any of those steps is done.
+body, rules, store. `voicetx.api.short_way` takes the same steps for updates that none of them keeps waiting and none
+refuses, which is what nearly all are. The FastAPI route below does the rest, and gives the path its place in the
+OpenAPI document. Nothing here knows how any of those steps is done.
 """
 
-from asyncio import Future, get_running_loop
 from dataclasses import replace
-from typing import NamedTuple
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -28,59 +26,17 @@ from voicetx.api.openapi import UPDATE_REQUEST, describe_update_answers
 from voicetx.auth import ApiUser, Grant
 from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, Update, parse
 from voicetx.errors import Refusal, Rejected
-from voicetx.recording import Outcome, Recorder
 from voicetx.services import Services
 
-_METHODS = frozenset(UPDATE_METHODS)
+METHODS = frozenset(UPDATE_METHODS)
 _REFUSED = answer_refusal(Rejected(Refusal.METHOD_NOT_SUPPORTED))
 
 REFUSED_METHOD = replace(_REFUSED, headers=(*_REFUSED.headers, (b"allow", ", ".join(UPDATE_METHODS).encode())))
 """The answer to a method that is not supported on the update path."""
 
 
-class Submitted(NamedTuple):
-    """An update that is on its way to the disk; the future tells what became of it."""
-
-    user: ApiUser
-    update: Update
-    outcome: "Future[Outcome]"
-
-
-def submit_at_once(services: Services, scope: Scope, body: bytes) -> Submitted | None:
-    """Submit an update of which every step can be taken now; return None, with nothing done, for any other."""
-    if scope["method"] not in _METHODS or len(body) > services.settings.body_limit_bytes:
-        return None
-    user = _recall(services, scope)
-    if user is None or Grant.TRANSACTIONS_UPDATE not in user.grants:
-        return None
-    try:
-        update = parse(body)
-    except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is answered
-        return None
-    if not services.throttle.spend(user.api_key_id, user.call_limit):
-        return None
-    try:
-        outcome = services.recorder.submit(update, user.api_key_id)
-    except Exception as error:  # noqa: BLE001 - the call is counted, so this is the way on which it is answered
-        outcome = get_running_loop().create_future()
-        outcome.set_exception(error)
-    return Submitted(user, update, outcome)
-
-
-def answer_outcome(submitted: Submitted) -> Answer:
-    """Return the answer to an update whose outcome is known."""
-    try:
-        outcome = submitted.outcome.result()
-    except Exception as error:  # noqa: BLE001 - each becomes its answer
-        return answer_error(Recorder.explain(error))
-    return (
-        answer_refusal(Rejected(Refusal.NOT_PROCESSED))
-        if outcome is Outcome.UNKNOWN
-        else _answer_recorded(submitted.update)
-    )
-
-
-def _answer_recorded(update: Update) -> Answer:
+def answer_recorded(update: Update) -> Answer:
+    """Return the answer to an update that is on disk."""
     return answer_success(b'{"transaction-id":' + orjson.dumps(update.transaction_id) + b"}")
 
 
@@ -89,7 +45,7 @@ async def answer_update(services: Services, scope: Scope, receive: Receive) -> t
 
     Every failure becomes an answer here. Raises `ClientGone` only.
     """
-    if scope["method"] not in _METHODS:
+    if scope["method"] not in METHODS:
         return REFUSED_METHOD, None
     user: ApiUser | None = None
     try:
@@ -109,17 +65,12 @@ async def answer_update(services: Services, scope: Scope, receive: Receive) -> t
         raise
     except Exception as error:  # noqa: BLE001 - each becomes its answer, and the unforeseen ones a log line too
         return answer_error(error), user
-    return _answer_recorded(update), user
+    return answer_recorded(update), user
 
 
 async def sign_in(services: Services, scope: Scope) -> ApiUser:
     """Return the API user that the request's `authorization` header names; raises as `Authenticator` does."""
     return await services.authenticator.authenticate(find_authorization(scope), client_address(scope))
-
-
-def _recall(services: Services, scope: Scope) -> ApiUser | None:
-    authorization = find_authorization(scope)
-    return services.authenticator.recall(authorization) if authorization is not None else None
 
 
 def find_authorization(scope: Scope) -> bytes | None:

@@ -1,0 +1,128 @@
+"""The short way of an update: no task, no ASGI, no FastAPI; step by step with all that came in the same turn.
+
+`voicetx.http_protocol` offers requests whose body is whole. Of those the ones are taken here that no step keeps waiting
+and none refuses, which is what nearly all are; the others are declined with nothing done, and `voicetx.api.updates`
+answers them. Each step is taken for all of a turn before the next one, so that its code is in the processor's cache:
+one after the other they would take half as long again. Knows HTTP no more than the endpoint does.
+Source: docs/decisions/0011-short-way.md.
+"""
+
+import time
+from asyncio import Future, get_running_loop
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import structlog
+from starlette.types import Scope
+
+from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, choose_request_id, log_requests
+from voicetx.api.updates import METHODS, answer_recorded, find_authorization
+from voicetx.auth import ApiUser, Grant
+from voicetx.contract import UPDATE_PATH, Update, parse
+from voicetx.errors import Refusal, Rejected
+from voicetx.recording import Outcome, Recorder
+from voicetx.services import Services
+
+_log = structlog.get_logger(__name__)
+
+
+class _Offered(NamedTuple):
+    scope: Scope
+    body: bytes
+    started: float
+    answer: Callable[[Answer, bytes], None]
+    decline: Callable[[], None]
+
+
+class _Submitted(NamedTuple):
+    """An update that is on its way to the disk; the future tells what became of it."""
+
+    request: _Offered
+    user: ApiUser
+    update: Update
+    outcome: "Future[Outcome]"
+
+
+class ShortWay:
+    """Takes updates, and answers them, at the end of the turn of the event loop in which they came in, or were done."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._offered: list[_Offered] = []
+        self._done: list[_Submitted] = []
+
+    def offer(
+        self, scope: Scope, body: bytes, answer: Callable[[Answer, bytes], None], decline: Callable[[], None]
+    ) -> None:
+        """Take a request and have `answer` called with its answer and request id; or `decline`, with nothing done."""
+        if not self._offered:
+            get_running_loop().call_soon(self._take)
+        self._offered.append(_Offered(scope, body, time.perf_counter(), answer, decline))
+
+    def _take(self) -> None:
+        offered, self._offered = self._offered, []
+        users = [self._recall(request) for request in offered]
+        updates = [
+            _parse(request.body) if user is not None else None for request, user in zip(offered, users, strict=True)
+        ]
+        for request, user, update in zip(offered, users, updates, strict=True):
+            if user is None or update is None or not self._services.throttle.spend(user.api_key_id, user.call_limit):
+                request.decline()
+            else:
+                submitted = _Submitted(request, user, update, self._submit(update, user))
+                submitted.outcome.add_done_callback(partial(self._collect, submitted))
+
+    def _recall(self, request: _Offered) -> ApiUser | None:
+        """Return who sends a request, where that is known here and its method, size and sender may be an update's."""
+        if request.scope["method"] not in METHODS or len(request.body) > self._services.settings.body_limit_bytes:
+            return None
+        authorization = find_authorization(request.scope)
+        user = self._services.authenticator.recall(authorization) if authorization is not None else None
+        return user if user is not None and Grant.TRANSACTIONS_UPDATE in user.grants else None
+
+    def _submit(self, update: Update, user: ApiUser) -> "Future[Outcome]":
+        try:
+            return self._services.recorder.submit(update, user.api_key_id)
+        except Exception as error:  # noqa: BLE001 - the call is counted, so this is the way on which it is answered
+            outcome: Future[Outcome] = get_running_loop().create_future()
+            outcome.set_exception(error)
+            return outcome
+
+    def _collect(self, submitted: _Submitted, _outcome: "Future[Outcome]") -> None:
+        if not self._done:
+            get_running_loop().call_soon(self._answer)
+        self._done.append(submitted)
+
+    def _answer(self) -> None:
+        done, self._done = self._done, []
+        answers = [_answer_outcome(submitted) for submitted in done]
+        request_ids = [choose_request_id(submitted.request.scope["headers"]) for submitted in done]
+        for submitted, answer, request_id in zip(done, answers, request_ids, strict=True):
+            try:
+                submitted.request.answer(answer, request_id)
+            except Exception as error:  # noqa: BLE001 - a defect on one connection must not keep the others waiting
+                _log.error("request.failed", exc_info=error)
+        log_requests(
+            [
+                Ended(request.scope["method"], UPDATE_PATH, request_id, request.started, answer.code, user)
+                for (request, user, *_), answer, request_id in zip(done, answers, request_ids, strict=True)
+            ]
+        )
+
+
+def _parse(body: bytes) -> Update | None:
+    try:
+        return parse(body)
+    except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is answered
+        return None
+
+
+def _answer_outcome(submitted: _Submitted) -> Answer:
+    try:
+        outcome = submitted.outcome.result()
+    except Exception as error:  # noqa: BLE001 - each becomes its answer
+        return answer_error(Recorder.explain(error))
+    if outcome is Outcome.UNKNOWN:
+        return answer_refusal(Rejected(Refusal.NOT_PROCESSED))
+    return answer_recorded(submitted.update)
