@@ -207,6 +207,7 @@ WIRE_NAMES: Mapping[str, str] = {name: _wire(name) for name in UpdateBody.model_
 
 _NAMES: Mapping[str, str] = {wire: name for name, wire in WIRE_NAMES.items()}
 _TROMBONE_NAMES = frozenset({"trombone-starttime", "trombone-endtime"})
+_NAMES_WITHOUT_TROMBONE = {wire: name for wire, name in _NAMES.items() if wire not in _TROMBONE_NAMES}
 
 
 class Position(NamedTuple):
@@ -301,12 +302,8 @@ def _collect_given(raw: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 def _build(given: Mapping[str, Any], body: bytes, *, has_only_text: bool) -> Update:
     text = body.decode()
-    applies_trombone = given["call-source"] == TROMBONE_SOURCE
-    fields = {
-        _NAMES[wire]: value
-        for wire, value in given.items()
-        if wire in _NAMES and (applies_trombone or wire not in _TROMBONE_NAMES)
-    }
+    names = _NAMES if given["call-source"] == TROMBONE_SOURCE else _NAMES_WITHOUT_TROMBONE
+    fields = {names[wire]: value for wire, value in given.items() if wire in names}
     position = Position(
         int(fields.get("times_attempted", "0")),
         fields["call_endtime"],

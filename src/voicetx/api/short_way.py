@@ -10,7 +10,7 @@ Source: docs/decisions/0011-short-way.md.
 import time
 from asyncio import Future, get_running_loop
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import structlog
@@ -62,7 +62,8 @@ class ShortWay:
 
     def _take(self) -> None:
         offered, self._offered = self._offered, []
-        users = [self._recall(request) for request in offered]
+        recall = cache(self._services.authenticator.recall)  # of a turn most come from one dialer
+        users = [self._find_dialer(request, recall) for request in offered]
         updates = [
             _parse(request.body) if user is not None else None for request, user in zip(offered, users, strict=True)
         ]
@@ -73,12 +74,12 @@ class ShortWay:
                 submitted = _Submitted(request, user, update, self._submit(update, user))
                 submitted.outcome.add_done_callback(partial(self._collect, submitted))
 
-    def _recall(self, request: _Offered) -> ApiUser | None:
+    def _find_dialer(self, request: _Offered, recall: Callable[[bytes], ApiUser | None]) -> ApiUser | None:
         """Return who sends a request, where that is known here and its method, size and sender may be an update's."""
         if request.scope["method"] not in METHODS or len(request.body) > self._services.settings.body_limit_bytes:
             return None
         authorization = find_authorization(request.scope)
-        user = self._services.authenticator.recall(authorization) if authorization is not None else None
+        user = recall(authorization) if authorization is not None else None
         return user if user is not None and Grant.TRANSACTIONS_UPDATE in user.grants else None
 
     def _submit(self, update: Update, user: ApiUser) -> "Future[Outcome]":
