@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -55,7 +55,7 @@ from voicetx.settings import Settings
 from voicetx.tallies import Sent
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 T = TypeVar("T")
 
@@ -268,6 +268,8 @@ class _Server:
         self._engine = _make_postgresql_engine(database_url, pool_size, timeout_seconds, statement_seconds)
         steps = _make_postgresql_engine(database_url, 1, timeout_seconds, statement_seconds, _PLAN_BY_KEY)
         self._in_steps = steps.execution_options(isolation_level="AUTOCOMMIT")
+        self._step = asyncio.Lock()
+        self._kept: AsyncConnection | None = None
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         async with self._engine.begin() as connection:
@@ -289,10 +291,19 @@ class _Server:
         return reading.result()
 
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
-        async with self._in_steps.connect() as connection:
-            return await connection.run_sync(work)
+        # Not given back to the pool between two batches: that and the way back cost as much as a small batch itself.
+        async with self._step, AsyncExitStack() as broken:
+            connection, self._kept = self._kept or await self._in_steps.connect(), None
+            broken.push_async_exit(connection)
+            result = await connection.run_sync(work)
+            broken.pop_all()
+            self._kept = connection
+            return result
 
     async def close(self) -> None:
+        async with self._step:
+            if self._kept is not None:
+                await self._kept.close()
         await self._engine.dispose()
         await self._in_steps.dispose()
 
