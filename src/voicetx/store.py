@@ -471,15 +471,7 @@ class Received(NamedTuple):
     received_at_ms: int
 
 
-_ROW_COLUMNS = (
-    voice_transaction.c.transaction_id,
-    voice_transaction.c.deployment_id,
-    voice_transaction.c.updates,
-    voice_transaction.c.attempt,
-    voice_transaction.c.digest,
-    voice_transaction.c.older,
-    *(voice_transaction.c[name] for name in FIELD_NAMES),
-)
+_SEEN = ("transaction_id", "deployment_id", "updates", "attempt", "digest", "older")
 
 
 _SHORT_HISTORY = 100  # read whole: that is faster than one update after the other
@@ -500,10 +492,10 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     found: dict[str, Found] = {}
     if connection.dialect.name == "postgresql":
         pairs = sorted((transaction_id, digest) for transaction_id, digests in updates.items() for digest in digests)
-        for *values, digest in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))).all():
+        for *values, fields, digest in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))).all():
             transaction_id = values[0]
             if transaction_id not in found:
-                found[transaction_id] = Found(_to_transaction(values), values[1], set())
+                found[transaction_id] = Found(_to_transaction((*values, *fields)), values[1], set())
             if digest is not None:
                 found[transaction_id].held.add(digest)
         return found
@@ -699,7 +691,8 @@ def _unpack(parameter: str, name: str, types: Mapping[str, str]) -> str:
 # The statements of a batch in each database's own words: SQLAlchemy's rendering of them, with a processor for each
 # value, takes as long as a small batch itself. Names and types are ours, values are parameters.
 _LOOK_UP = (
-    f"SELECT {', '.join(f't.{column.name}' for column in _ROW_COLUMNS)},"  # noqa: S608
+    # One array, for SQLAlchemy looks at each column of each result anew.
+    f"SELECT {', '.join(f't.{name}' for name in _SEEN)}, ARRAY[{', '.join(f't.{name}' for name in FIELD_NAMES)}],"  # noqa: S608
     " (SELECT h.digest FROM voice_update AS h WHERE h.transaction_id = sent.key AND h.digest = sent.digest)"
     " FROM unnest($1::text[], $2::bytea[]) AS sent (key, digest)"
     " JOIN voice_transaction AS t ON t.transaction_id = sent.key"
@@ -720,7 +713,7 @@ _RECORD = (
     " SELECT array_agg(transaction_id) FROM written"
 )
 _LOOK_UP_TRANSACTIONS = (
-    f"SELECT {', '.join(column.name for column in _ROW_COLUMNS)} FROM voice_transaction"  # noqa: S608
+    f"SELECT {', '.join((*_SEEN, *FIELD_NAMES))} FROM voice_transaction"  # noqa: S608
     " WHERE transaction_id IN (SELECT value FROM json_each(?))"
 )
 _LOOK_UP_DIGESTS = (
