@@ -389,7 +389,7 @@ def test_transaction_show_prints_what_scripts_need(database_url: str) -> None:
         "inconsistent": True,
         "updates": 2,
         "history": [
-            {"received_at": f"1970-01-01T00:00:00.00{at}Z", "api_user": "dialer", "body": body}
+            {"received_at": f"1970-01-01T00:00:00.00{at}Z", "api_user": "dialer", "repeats": 0, "body": body}
             for at, body in enumerate(bodies, start=1)
         ],
     }

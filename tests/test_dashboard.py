@@ -4,7 +4,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from html import unescape
 from typing import Any
@@ -29,7 +29,7 @@ from voicetx.dashboard.history import judge_history
 from voicetx.dashboard.overview import Overview, arrange_timeline
 from voicetx.dashboard.rendering import PARTS, render_parts
 from voicetx.deployments import create_deployment, register_transactions
-from voicetx.merge import Transaction, apply
+from voicetx.merge import Transaction, apply, fold
 from voicetx.reports import HistoryEntry, TransactionReport, report_deployment
 
 SIGN_IN = "/dashboard/sign-in"
@@ -439,7 +439,7 @@ async def test_pages_that_are_shown_are_no_refusals(database_url: str) -> None:
             assert (await browser.post("/dashboard/search", data={"q": "nobody"})).status_code == 200
             assert (await browser.get("/dashboard/transaction?id=nobody")).status_code == 404
             assert (await browser.post("/dashboard/sign-out")).status_code == 303
-        ((_, counted),) = activity.take()
+        ((_, counted),) = activity.take().users
         assert counted.startswith(f"{user.api_key_id.hex}.code-404.")
 
 
@@ -516,7 +516,7 @@ def next_parts(events: Iterator[tuple[str, Any]]) -> dict[str, str]:
 def test_a_stream_sends_what_changed(instance: Instance) -> None:
     """A stream begins with the whole page's parts, and after an update sends those that it changed, and no others."""
     register(instance.database_url, ["live-1", "live-2"], "live-run")
-    with instance.browse("reader") as browser, follow(browser, "live-run") as events:
+    with instance.browse() as browser, follow(browser, "live-run") as events:
         parts = next_parts(events)
         assert parts.keys() == {*PARTS, "summary"}
         assert "0 of 2 transactions" in read_text(parts["headline"])
@@ -590,6 +590,7 @@ async def test_a_deployment_is_looked_at_once_for_all_who_watch(
                     "campaign",
                     ZoneInfo("UTC"),
                     "all",
+                    is_masked=False,
                     is_welcome=is_welcome,
                     leaving=services.leaving,
                 )
@@ -650,12 +651,56 @@ def test_late_is_what_did_not_become_the_newest(bodies: list[dict[str, Any]]) ->
         update = parse(encode(body))
         transaction = apply(transaction, update)
         is_late.append(transaction.position != update.position)
-    entries = [HistoryEntry(number, "dialer", encode(body).decode()) for number, body in enumerate(bodies)]
-    report = TransactionReport("tx-1", "campaign", {}, is_inconsistent=False, updates=len(bodies), history=entries)
+    report = tell_history(bodies, transaction)
     arrivals = judge_history(report, report)
     assert [arrival.is_late for arrival in arrivals] == is_late
     (newest,) = [arrival for arrival in arrivals if arrival.is_newest]
     assert parse(newest.entry.body.encode()).position == transaction.position
+
+
+def tell_history(bodies: list[dict[str, Any]], transaction: Transaction, *, step_ms: int = 1) -> TransactionReport:
+    """Return the report of a transaction whose updates came in that order, so far apart."""
+    entries = [
+        HistoryEntry(number * step_ms, "dialer", encode(body).decode(), parse(encode(body)).digest)
+        for number, body in enumerate(bodies)
+    ]
+    assert transaction.position is not None
+    return TransactionReport(
+        "tx-1",
+        "campaign",
+        {},
+        is_inconsistent=False,
+        updates=len(bodies),
+        attempt=transaction.position.attempt,
+        digest=transaction.position.digest,
+        history=entries,
+    )
+
+
+@given(
+    bodies=st.lists(updates_of(), min_size=1, max_size=8, unique_by=lambda body: parse(encode(body)).digest),
+    shown=st.integers(1, 8),
+)
+def test_of_a_long_history_nothing_is_told_that_the_rest_belies(bodies: list[dict[str, Any]], shown: int) -> None:
+    """Of the last part of a history each mark is one that the whole would have; the newest and older attempts all."""
+    whole = tell_history(bodies, fold("tx-1", [parse(encode(body)) for body in bodies]))
+    part = replace(whole, history=whole.history[-shown:])
+    told, known = judge_history(part, part), judge_history(whole, whole)[-shown:]
+    for arrival, truth in zip(told, known, strict=False):
+        assert arrival.number == truth.number
+        assert (arrival.is_newest, arrival.is_of_older_attempt) == (truth.is_newest, truth.is_of_older_attempt)
+        assert truth.is_late or not arrival.is_late
+    if not any(arrival.is_newest for arrival in told):
+        assert all(arrival.is_late for arrival in told)
+
+
+@given(bodies=st.lists(updates_of(), min_size=1, max_size=8, unique_by=lambda body: parse(encode(body)).digest))
+def test_what_came_in_one_millisecond_came_in_order(bodies: list[dict[str, Any]]) -> None:
+    """Of updates that came in the same millisecond none is called late."""
+    report = tell_history(bodies, fold("tx-1", [parse(encode(body)) for body in bodies]), step_ms=0)
+    arrivals = judge_history(report, report)
+    assert [arrival.place for arrival in arrivals] == list(range(1, len(bodies) + 1))
+    assert not any(arrival.is_late for arrival in arrivals)
 
 
 def test_a_long_campaign_is_a_small_page() -> None:

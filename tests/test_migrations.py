@@ -169,7 +169,7 @@ def read_values(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-_NEWER = ("older", "finished")
+_NEWER = ("older", "finished", "repeats")
 """Columns that the first release did not have, and that say something of its transactions all the same."""
 
 

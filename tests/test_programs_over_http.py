@@ -334,6 +334,62 @@ def test_receipts_say_what_is_held(instance: Instance) -> None:
     }
 
 
+def test_a_masked_number_is_not_found_by_trying(instance: Instance) -> None:
+    """Who may not see numbers learns by ids only what is held: by digests one could try what was masked."""
+    _, (first, second) = instance.make(2)
+    body = make_body(first, dtmf_digits="4711")
+    instance.report(body)
+    tried = [
+        {"transaction-id": first, "digest": parse(encode(body | {"dtmf-digits": f"{number:04}"})).digest.hex()}
+        for number in range(4700, 4720)
+    ]
+    refused = instance.ask("POST", "/receipts", "reader", json=[second, *tried])
+    assert (refused.status_code, refused.json()["code"]) == (401, 430)
+    held = instance.ask("POST", "/receipts", "reader", json=[first, second]).json()["receipts"]
+    assert [receipt["held"] for receipt in held] == [True, False]
+    for user in ("dialer", "clerk"):
+        found = instance.ask("POST", "/receipts", user, json=tried).json()["receipts"]
+        assert [receipt["held"] for receipt in found] == [number == 4711 for number in range(4700, 4720)]
+
+
+def test_a_report_does_not_tell_which_keys_a_single_call_pressed(instance: Instance) -> None:
+    """Who may not see digits pressed is given the presses of each key in fives, over HTTP and on the page."""
+    deployment_id, ids = instance.make(13)
+    instance.report(make_body(ids[0], dtmf_digits="4711"))
+    path = f"/deployments/{deployment_id}/report"
+    assert instance.get(path, "clerk")["key_presses"] == {"1": 2, "4": 1, "7": 1}
+    assert instance.get(path, "reader")["key_presses"] == {}
+    instance.report(*(make_body(name, dtmf_digits="1") for name in ids[1:]))
+    assert instance.get(path, "clerk")["key_presses"] == {"1": 14, "4": 1, "7": 1}
+    shown = instance.get(path, "reader")
+    assert (shown["key_presses"], shown["pressed"]) == ({"1": 10}, 13)
+    for user, said in (("reader", "Key 1: 10 "), ("clerk", "Key 1: 14 ")):
+        with httpx.Client(base_url=instance.client.base_url) as browser:
+            browser.post("/dashboard/sign-in", data={"secret_key": instance.keys[user]})
+            page = browser.get("/dashboard/deployment", params={"id": deployment_id}).text
+            text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+            assert re.search(rf"Key 1: {said.split()[-1]}\b", text)
+            assert ("rounded down to fives" in text) is (user == "reader")
+
+
+def test_a_repeat_is_told_beside_its_update(instance: Instance) -> None:
+    """How often an update came again stands in the history, some seconds later, whatever way the repeats came."""
+    _, (name,) = instance.make(1)
+    one, other = make_body(name, call_state="4"), make_body(name)
+    instance.report(one, one, other, one)
+    lines = b"\n".join([encode(other), encode(other), encode(other)])
+    instance.ask("POST", "/updates", "dialer", content=lines)
+
+    def is_told() -> bool:
+        return [entry["repeats"] for entry in instance.get(f"/transactions/{name}")["history"]] == [2, 3]
+
+    wait_until(is_told, "The repeats were not told")
+    with httpx.Client(base_url=instance.client.base_url) as browser:
+        browser.post("/dashboard/sign-in", data={"secret_key": instance.keys["clerk"]})
+        page = browser.get("/dashboard/transaction", params={"id": name}).text
+    assert re.findall(r"came again (\d) times", page) == ["2", "3"]
+
+
 def test_thousands_of_receipts_come_at_once(instance: Instance) -> None:
     """As many as are allowed, of the longest ids, are answered in order; one more is 413, and none is nothing."""
     _, ids = instance.make(300)

@@ -1,12 +1,13 @@
-"""What became of each API user's calls: updates recorded, repeated and stale, and refusals by code, a day at a time.
+"""What became of each API user's calls a day at a time, and how often each update came again: counted in memory.
 
-Counted in memory by whoever knows (`voicetx.recording` what became of updates, `voicetx.api` what was refused), for the
-process as the metrics are, and kept with the tallies every few seconds by `voicetx.services`. A process that is killed
-loses the last of these counts; what was recorded for a deployment is counted exactly, with the updates themselves.
+Whoever knows counts (`voicetx.recording` what became of updates, `voicetx.api` what was refused), for the process as
+the metrics are, and `voicetx.services` keeps it every few seconds: a repeat costs no write of its own. A process that
+is killed loses the last of these counts; what was recorded is counted exactly, with the updates themselves.
 """
 
 from collections import Counter
 from datetime import UTC, datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from voicetx.tallies import Counts, Measure
@@ -14,21 +15,36 @@ from voicetx.tallies import Counts, Measure
 DEPLOYMENT = ""
 """Under which the tallies keep these: no deployment has this id."""
 
-_counted: Counts = Counter()
+
+class Activity(NamedTuple):
+    """Counts: what API users' calls came to, and repeats by transaction id and digest of the update."""
+
+    users: Counts
+    repeats: Counter[tuple[str, bytes]]
+
+
+_counted = Activity(Counter(), Counter())
 
 
 def count(api_key_id: UUID, what: str, times: int = 1) -> None:
     """Count something that an API user's calls came to, such as `repeated` or `code-1002`."""
-    _counted[Measure.USER, f"{api_key_id.hex}.{what}.{datetime.now(UTC).date()}"] += times
+    _counted.users[Measure.USER, f"{api_key_id.hex}.{what}.{datetime.now(UTC).date()}"] += times
 
 
-def take() -> Counts:
+def count_repeat(transaction_id: str, digest: bytes) -> None:
+    """Count an update that was recorded before."""
+    _counted.repeats[transaction_id, digest] += 1
+
+
+def take() -> Activity:
     """Return what was counted since this was called last."""
-    taken = Counter(_counted)
-    _counted.clear()
+    taken = Activity(Counter(_counted.users), Counter(_counted.repeats))
+    for counts in _counted:
+        counts.clear()
     return taken
 
 
-def give_back(counts: Counts) -> None:
+def give_back(counts: Activity) -> None:
     """Take back counts that could not be kept."""
-    _counted.update(counts)
+    _counted.users.update(counts.users)
+    _counted.repeats.update(counts.repeats)

@@ -139,6 +139,10 @@ class Recorder:
             _OUTCOMES[outcome].inc(times)
             if outcome is not Outcome.UNKNOWN:  # a refusal, which is counted by its code
                 activity.count(api_key_id, outcome.value, times)
+        if Outcome.REPEATED in committed.outcomes:
+            for received, outcome in zip(batch, committed.outcomes, strict=True):
+                if outcome is Outcome.REPEATED:
+                    activity.count_repeat(received.update.transaction_id, received.update.digest)
         for api_key_id, times in committed.stale.items():
             metrics.STALE.inc(times)
             activity.count(api_key_id, "stale", times)

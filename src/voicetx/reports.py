@@ -26,6 +26,7 @@ from voicetx.schema import FIELD_NAMES, api_user, deployment, voice_transaction,
 from voicetx.tallies import ANSWERED_STATES, Counts, Measure
 
 _MINUTE_MS = 60_000
+_PRESSES_STEP = 5
 _INSTANT = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
@@ -33,18 +34,25 @@ _INSTANT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One update as it came: when, from which API user (its id, where the user is deleted), and the body's text."""
+    """One update as it came: when, from which API user (its id, where the user is deleted), and the body's text.
+
+    `digest` is that of the update as it was sent, also where a number in it was erased since: not to be shown, for it
+    tells who tries numbers which one it was. `repeats` counts how often it came again, a few seconds late.
+    """
 
     received_at_ms: int
     api_user: str
     body: str
+    digest: bytes
+    repeats: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TransactionReport:
     """A transaction as its updates have made it, and the updates, oldest first.
 
-    `fields` are the merged ones by their wire names, those only that were given.
+    `fields` are the merged ones by their wire names, those only that were given; `attempt` and `digest` are those of
+    the newest update, None while there is none.
     """
 
     transaction_id: str
@@ -52,6 +60,8 @@ class TransactionReport:
     fields: dict[str, str]
     is_inconsistent: bool
     updates: int
+    attempt: int | None
+    digest: bytes | None
     history: list[HistoryEntry]
 
 
@@ -73,7 +83,7 @@ def report_transaction(
     if row is None:
         return None
     latest = (
-        select(voice_update.c.received_at_ms, voice_update.c.api_key_id, voice_update.c.body, api_user.c.name)
+        select(voice_update, api_user.c.name)
         .select_from(voice_update.outerjoin(api_user, api_user.c.api_key_id == voice_update.c.api_key_id))
         .where(voice_update.c.transaction_id == transaction_id)
         .order_by(voice_update.c.received_at_ms.desc(), voice_update.c.digest.desc())
@@ -90,8 +100,12 @@ def report_transaction(
         fields={WIRE_NAMES[name]: value for name in FIELD_NAMES if (value := row._mapping[name]) is not None},
         is_inconsistent=row.inconsistent,
         updates=row.updates,
+        attempt=row.attempt,
+        digest=row.digest,
         history=[
-            HistoryEntry(entry.received_at_ms, entry.name or str(entry.api_key_id), entry.body)
+            HistoryEntry(
+                entry.received_at_ms, entry.name or str(entry.api_key_id), entry.body, entry.digest, entry.repeats
+            )
             for entry in reversed(history)
         ],
     )
@@ -118,6 +132,7 @@ def describe_transaction(report: TransactionReport) -> dict[str, Any]:
             {
                 "received_at": format_time(entry.received_at_ms),
                 "api_user": entry.api_user,
+                "repeats": entry.repeats,
                 # As received, to the letter: a number in it may be one that no parser of ours can hold.
                 "body": orjson.Fragment(entry.body),
             }
@@ -196,7 +211,8 @@ class DeploymentReport:
 
     `outcomes` counts reported transactions by call-state and drop-code, `attempts` by times-attempted, `key_presses`
     presses by key, `updates_by_minute` the different updates by the minute (milliseconds since 1970 UTC) in which they
-    came in, in order; `senders` the same by API user's name (its id, where the user is deleted).
+    came in, in order; `senders` the same by API user's name (its id, where the user is deleted). Where `is_masked`, key
+    presses are rounded.
     """
 
     deployment_id: str
@@ -211,6 +227,7 @@ class DeploymentReport:
     key_presses: Mapping[str, int]
     updates_by_minute: Mapping[int, int]
     senders: Mapping[str, int]
+    is_masked: bool = False
 
     @property
     def reported(self) -> int:
@@ -293,6 +310,15 @@ def report_deployment(connection: Connection, deployment_id: str) -> DeploymentR
         ),
         senders={names.get(item, str(UUID(item))): number for item, number in _pick(counts, Measure.SENDER)},
     )
+
+
+def mask_deployment(report: DeploymentReport) -> DeploymentReport:
+    """Return what those may see of a deployment who have no grant to read what is personal in it.
+
+    Presses are rounded down to fives: by the exact numbers one would see which keys a single call pressed.
+    """
+    rounded = {key: number - number % _PRESSES_STEP for key, number in report.key_presses.items()}
+    return replace(report, key_presses={key: number for key, number in rounded.items() if number}, is_masked=True)
 
 
 def describe_deployment(report: DeploymentReport, time_zone: ZoneInfo) -> dict[str, Any]:

@@ -118,6 +118,7 @@ voice_update = Table(
     Column("body", Text, nullable=False, comment="as received"),
     Column("received_at_ms", BigInteger, nullable=False),
     Column("api_key_id", Uuid, nullable=False),
+    Column("repeats", Integer, nullable=False, server_default="0", comment="how often it came again; counted late"),
 )
 
 tally = Table(

@@ -6,25 +6,25 @@ application. Closing answers everybody who waits before the database goes.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Connection
 
 from voicetx import activity, migrations, tallies
+from voicetx.activity import Activity
 from voicetx.auth import Authenticator
 from voicetx.folding import fold
 from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Store, StoreUnavailable, ValueRefused, open_store
-from voicetx.tallies import Counts
+from voicetx.store import Store, StoreUnavailable, ValueRefused, note_repeats, open_store
 from voicetx.throttle import Throttle
 
 _FOLD_SECONDS = 3.0
+_REPEATS_AT_ONCE = 1_000
 
 _log = structlog.get_logger(__name__)
 
@@ -70,10 +70,9 @@ class Services:
         self.folding.cancel()
         with suppress(asyncio.CancelledError):
             await self.folding
-        if last := activity.take():
-            # A database that is away can't have it, and is not waited for.
-            with suppress(StoreUnavailable):
-                await self.store.write_beside(_keep(last))
+        # A database that is away can't have it, and is not waited for.
+        with suppress(StoreUnavailable):
+            await _keep(self.store, activity.take())
         await self.throttle.close()
         await self.store.close()
 
@@ -85,9 +84,7 @@ async def _fold_on(store: Store) -> None:
         await asyncio.sleep(_FOLD_SECONDS)
         done = activity.take()
         try:
-            if done:
-                await store.write_beside(_keep(done))
-                done.clear()
+            await _keep(store, done)
             while await fold(store):
                 pass
         except (StoreUnavailable, ValueRefused) as error:
@@ -99,5 +96,12 @@ async def _fold_on(store: Store) -> None:
             is_away = False
 
 
-def _keep(counts: Counts) -> Callable[[Connection], None]:
-    return partial(tallies.add, deployment_id=activity.DEPLOYMENT, counts=counts)
+async def _keep(store: Store, counts: Activity) -> None:
+    """Put counts on disk; what is there by then is no longer among them, also where this raises."""
+    if counts.users:
+        await store.write_beside(partial(tallies.add, deployment_id=activity.DEPLOYMENT, counts=counts.users))
+        counts.users.clear()
+    while repeats := dict(islice(counts.repeats.items(), _REPEATS_AT_ONCE)):
+        await store.write_beside(partial(note_repeats, repeats=repeats))
+        for key in repeats:
+            del counts.repeats[key]

@@ -604,6 +604,19 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
     return {change.transaction.transaction_id for change in ordered}
 
 
+def note_repeats(connection: Connection, repeats: Mapping[tuple[str, bytes], int]) -> None:
+    """Add to how often updates of the history came again, given by transaction id and digest."""
+    # In one order, so that two processes never wait for each other.
+    rows = [
+        {"repeats": times, "transaction_id": transaction_id, "digest": digest}
+        for (transaction_id, digest), times in sorted(repeats.items())
+    ]
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(_ADD_REPEATS, (_dump(rows),))
+    else:
+        connection.exec_driver_sql(_ADD_REPEAT, [tuple(row.values()) for row in rows])
+
+
 _ROW: Mapping[str, str] = {
     "updates": "integer",
     "attempt": "smallint",
@@ -725,6 +738,12 @@ _UPDATE_TRANSACTION = (
     " WHERE transaction_id = ? AND updates = ?"
 )
 _INSERT_UPDATE = f"INSERT INTO voice_update ({', '.join(_HISTORY)}) VALUES ({', '.join('?' for _ in _HISTORY)})"  # noqa: S608
+_ADD_REPEATS = (
+    "UPDATE voice_update SET repeats = voice_update.repeats + again.repeats"  # noqa: S608
+    f" FROM {_unpack('$1', 'again', {'transaction_id': 'text', 'digest': 'bytea', 'repeats': 'integer'})}"
+    " WHERE voice_update.transaction_id = again.transaction_id AND voice_update.digest = again.digest"
+)
+_ADD_REPEAT = "UPDATE voice_update SET repeats = repeats + ? WHERE transaction_id = ? AND digest = ?"
 _INSERT_TALLY_CHANGE = "INSERT INTO tally_change (deployment_id, changes) VALUES (?, ?)"
 
 

@@ -46,6 +46,7 @@ class ShownUpdate(BaseModel):
 
     received_at: str = Field(description="RFC 3339, UTC", examples=["2026-01-31T08:02:00.123Z"])
     api_user: str = Field(description="who sent it: its name, or its API key id where it is deleted")
+    repeats: int = Field(description="how often it came again; counted a few seconds late")
     body: dict[str, Any] = Field(description="as received, unknown fields included; masked as the fields are")
 
 

@@ -141,7 +141,9 @@ class ShownReport(BaseModel):
     transfers: ShownDurations
     attempts: list[AttemptCount]
     pressed: int = Field(description="in how many calls keys were pressed")
-    key_presses: dict[str, int] = Field(description="presses by key", examples=[{"1": 17, "#": 2}])
+    key_presses: dict[str, int] = Field(
+        description="presses by key; masked: rounded down to fives", examples=[{"1": 17, "#": 2}]
+    )
     updates_by_minute: list[MinuteCount]
     senders: list[SenderCount]
 

@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users, read_json
 from voicetx.api.openapi_programs import RECEIPTS_REQUEST, describe_receipts
+from voicetx.api.updates import require_grant
 from voicetx.auth import Grant
 from voicetx.deployments import is_id
 from voicetx.errors import Fault, Refusal, Rejected
@@ -29,6 +30,7 @@ _AT_ONCE = 500  # looked at, and looked up: then others have their turn
 _MOST_FAULTS = 100
 _RULE = "must be a transaction id, or an object with a transaction-id and a digest of 32 hexadecimal digits"
 
+_MAY_ASK_BY_DIGEST = (Grant.TRANSACTIONS_UPDATE, Grant.TRANSACTIONS_READ_PERSONAL)
 _DIGEST = re.compile("[0-9a-fA-F]{32}")
 
 router = APIRouter(tags=["Updates"])
@@ -46,7 +48,8 @@ async def answer_receipts(call: Call) -> Answer:
     """Send up to 10,000 transaction ids, each alone or with the digest of an update, and learn which are on disk.
 
     For a dialer that was cut off: what is not held it sends again. An id that nobody registered is no fault. How a
-    digest is made: docs/contract.md, section 5.
+    digest is made: docs/contract.md, section 5. Asking with digests needs transactions:update, or
+    transactions:read-personal: by trying digests one would learn the numbers that are masked elsewhere.
     """
     raw = await read_json(call, min(call.services.settings.bulk_limit_bytes, _MOST_BYTES))
     if not isinstance(raw, list):
@@ -65,6 +68,8 @@ async def answer_receipts(call: Call) -> Answer:
             faults.append(Fault(f"[{place}]", _RULE))
     if faults:
         raise Rejected(Refusal.BAD_VALUE, faults)
+    if any(digest is not None for _, digest in wanted):
+        require_grant(call.user, *_MAY_ASK_BY_DIGEST)
     receipts: list[Receipt] = []
     for start in range(0, len(wanted), _AT_ONCE):
         receipts += await call.services.store.read(partial(find_receipts, wanted=wanted[start : start + _AT_ONCE]))

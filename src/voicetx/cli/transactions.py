@@ -38,8 +38,9 @@ def show_transaction(
             {
                 "received_at": format_time(entry.received_at_ms),
                 "api_user": entry.api_user,
+                "repeats": entry.repeats,
                 "body": printable(entry.body),
             }
             for entry in report.history
         ]
-        print_table(("received_at", "api_user", "body"), rows)
+        print_table(("received_at", "api_user", "repeats", "body"), rows, right={"repeats"})

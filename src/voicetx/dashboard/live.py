@@ -24,7 +24,7 @@ from voicetx.dashboard.overview import Overview
 from voicetx.dashboard.rendering import format_clock, render_parts, summarise
 from voicetx.errors import Refusal, Rejected
 from voicetx.listings import Filters, ListedTransaction, list_transactions
-from voicetx.reports import DeploymentReport, report_deployment
+from voicetx.reports import DeploymentReport, mask_deployment, report_deployment
 from voicetx.store import Store, StoreUnavailable
 
 MOST_STREAMS = 500
@@ -49,9 +49,10 @@ class Look(NamedTuple):
     missing: tuple[ListedTransaction, ...]
     as_of_ms: int
 
-    def show(self, zone: ZoneInfo, span: str) -> Overview:
-        """Return it as a page shows it."""
-        return Overview(self.report, self.missing, zone, span, self.as_of_ms)
+    def show(self, zone: ZoneInfo, span: str, *, is_masked: bool) -> Overview:
+        """Return it as a page shows it to those who may see what is personal in it, or may not."""
+        report = mask_deployment(self.report) if is_masked else self.report
+        return Overview(report, self.missing, zone, span, self.as_of_ms)
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class _Watch:
     seen_at_ms: int = 0
     is_gone: bool = False
     is_away: bool = False
-    rendering: dict[tuple[str, str], "asyncio.Task[dict[str, str]]"] = field(default_factory=dict)
+    rendering: dict[tuple[str, str, bool], "asyncio.Task[dict[str, str]]"] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     looking: "asyncio.Task[None] | None" = None
 
@@ -102,6 +103,7 @@ class LivePages:
         zone: ZoneInfo,
         span: str,
         *,
+        is_masked: bool,
         is_welcome: Callable[[], Awaitable[bool]],
         leaving: asyncio.Event,
     ) -> AsyncIterator[bytes]:
@@ -120,7 +122,7 @@ class LivePages:
                     yield _write("end", "gone")
                     return
                 news = watch.news  # before anything is read of it: what comes in meanwhile is not missed
-                parts = await _render(watch, zone, span)
+                parts = await _render(watch, zone, span, is_masked=is_masked)
                 if new := {name: part for name, part in parts.items() if sent.get(name) != part}:
                     sent |= new
                     yield _write("parts", new)
@@ -181,13 +183,13 @@ def _differ(one: Look | None, other: Look | None) -> bool:
     return one.report != other.report or one.missing != other.missing
 
 
-async def _render(watch: _Watch, zone: ZoneInfo, span: str) -> dict[str, str]:
+async def _render(watch: _Watch, zone: ZoneInfo, span: str, *, is_masked: bool) -> dict[str, str]:
     """Return the parts of a page; those who see the same share the work."""
     if watch.look is None:
         return {}
-    rendering, key = watch.rendering, (zone.key, span)
+    rendering, key = watch.rendering, (zone.key, span, is_masked)
     if key not in rendering:
-        overview = watch.look.show(zone, span)
+        overview = watch.look.show(zone, span, is_masked=is_masked)
         rendering[key] = asyncio.create_task(make_aside(lambda: _render_all(overview)))
     # Shielded: others share it, and a page that is closed must not take it away from them.
     return await asyncio.shield(rendering[key])

@@ -146,7 +146,7 @@ async def show_deployment(request: Request) -> Response:
         look = await visit.services.store.read(lambda connection: look_at(connection, deployment_id))
         if look is None:
             raise Rejected(Refusal.NOT_FOUND)
-        overview = look.show(visit.zone, span)
+        overview = look.show(visit.zone, span, is_masked=not visit.may_see_numbers)
         return await make_aside(
             lambda: visit.render(
                 "deployment.html",
@@ -175,10 +175,20 @@ async def follow_deployment(request: Request) -> Response:
                 return True  # nobody knows better
             except Rejected:
                 return False
-            return Grant.TRANSACTIONS_READ in user.grants
+            # Who may see more, or less, than when the stream began comes again for it.
+            return Grant.TRANSACTIONS_READ in user.grants and (
+                visit.may_see_numbers == (Grant.TRANSACTIONS_READ_PERSONAL in user.grants)
+            )
 
         events = pages.stream(
-            services.store, visit.user, deployment_id, visit.zone, span, is_welcome=is_welcome, leaving=services.leaving
+            services.store,
+            visit.user,
+            deployment_id,
+            visit.zone,
+            span,
+            is_masked=not visit.may_see_numbers,
+            is_welcome=is_welcome,
+            leaving=services.leaving,
         )
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
