@@ -594,7 +594,7 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
         written = connection.exec_driver_sql(_RECORD, (_dump(rows), _dump(history), heading)).scalar_one()
         return set(written or ())
     # Under the lock that BEGIN IMMEDIATE took nobody has changed a row since it was read.
-    connection.exec_driver_sql(_UPDATE_TRANSACTION, [tuple(row.get(name) for name in _BOUND) for row in rows])
+    connection.exec_driver_sql(_UPDATE_TRANSACTION, [tuple(map(row.get, _BOUND)) for row in rows])
     connection.exec_driver_sql(_INSERT_UPDATE, [tuple(update.values()) for update in history])
     lines: dict[str, list[str]] = {}
     for change, row in zip(ordered, rows, strict=True):
