@@ -423,8 +423,15 @@ def test_refusals_are_pages(instance: Instance) -> None:
             ):
                 assert browser.get(f"{path}?id={DEPLOYMENT}&{query}").status_code in {200, 404}
         assert browser.get("/dashboard/deployment/transactions?id=x&state=9").status_code == 404
-        assert browser.delete("/dashboard").status_code == 405
-        assert browser.delete("/dashboard").headers["content-type"].startswith("text/html")
+
+
+def test_a_method_that_a_page_has_not_is_told_of_those_it_has(instance: Instance) -> None:
+    """A page that says 405 names the methods there are, as RFC 9110 wants it."""
+    with instance.open_browser() as browser:
+        for path, allowed in (("/dashboard", "GET"), ("/dashboard/search", "POST"), ("/dashboard/static/x", "GET")):
+            answer = browser.delete(path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+            assert answer.headers["content-type"].startswith("text/html")
 
 
 @pytest.mark.anyio

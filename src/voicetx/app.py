@@ -103,6 +103,8 @@ def create_served_app() -> FastAPI:
 async def _answer_exception(request: Request, error: Exception) -> Response:
     if dashboard.is_page(request.scope["path"]):
         page, code = dashboard.answer_error(request, error)
+        if page.status_code == updates.REFUSED_METHOD.status:
+            page.headers["allow"] = ", ".join(_find_methods(request))
         note_for_log(request.scope, code=code)
         return page
     answer = answer_error(error)
