@@ -14,7 +14,7 @@ from voicetx import privacy
 from voicetx.contract import WIRE_NAMES
 
 numbers = st.from_regex(r"\A[1-9][0-9]{6,14}\Z")
-connectors = st.sampled_from(["", "-", ".", "(", ")", "\u2011"])
+connectors = st.sampled_from(["", "-", ".", "(", ")", "\u2011", "'", "\u2019", "\u00b7"])
 separators = connectors | st.sampled_from([" ", ") ", "\u00a0"])
 
 
@@ -114,6 +114,11 @@ def test_another_number_is_left_alone(data: st.DataObject, number: str, other: s
         ("sip:+15550100@10.0.0.1", "sip:+********@10.0.0.1"),
         ("SIPS:15550100;user=phone@host", "SIPS:********;user=phone@host"),
         ("tel:+1-555-0100", "tel:+*-***-****"),
+        ("1'555'0100", "*'***'****"),
+        ("call 1\u2019555\u20190100", "call *\u2019***\u2019****"),
+        ("1\u00b7555\u00b70100", "*\u00b7***\u00b7****"),
+        ("rang '15550100'", "rang '********'"),
+        ("49'1'555'0100", "49'1'555'0100"),
         ("15550100.0", "********.0"),
         ("\uff11\uff15\uff15\uff15\uff10\uff11\uff10\uff10", "********"),
         ("+15550100, +15550101", "+********, +15550101"),
@@ -168,6 +173,10 @@ def test_times_are_no_numbers() -> None:
         ("a-party", "2026-03-01 09:00:00.000", "****-**-** **:**:**.*00"),
         ("dtmf-digits", "1#3", "***"),
         ("message", "Busy, 3 tries, +1 555 0100", "Busy, 3 tries, +* *** **00"),
+        ("message", "rang 555'123'4567", "rang ***'***'**67"),
+        ("message", "rang 555\u2019123\u20194567", "rang ***\u2019***\u2019**67"),
+        ("message", "rang 555\u00b7123\u00b74567", "rang ***\u00b7***\u00b7**67"),
+        ("message", "'123', '456', '7'", "'123', '456', '7'"),
         ("drop-reason", "Q.850 cause 16", "Q.850 cause 16"),
         ("transaction-id", "15550100", "15550100"),
         ("drop-code", "2005", "2005"),

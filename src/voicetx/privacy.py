@@ -24,7 +24,13 @@ _FEWEST_TO_FORGET = 5  # shorter ones are codes: the contract's own have four di
 _MOST_TO_FORGET = 32
 _MOST_OF_A_NUMBER = 15  # ITU-T E.164
 
-_CONNECTORS = r"().\-_\u00ad\u2010-\u2015\u2212\u200b-\u200f\u2060\ufeff"
+# Brackets, dots, dashes; apostrophes, as in Switzerland; middle dots, as in Japan; what nobody sees.
+_CONNECTORS = (
+    r"().\-_\u2010-\u2015\u2212"
+    r"'\u02bc\u2018\u2019\u2032\uff07"
+    r"\u00b7\u2022\u2027\u2219\u22c5\u30fb\uff65"
+    r"\u00ad\u200b-\u200f\u2060\ufeff"
+)
 _SEPARATOR = rf"[\s/{_CONNECTORS}]"
 _LOOKS_LIKE_A_NUMBER = re.compile(rf"\d(?:{_SEPARATOR}*\d){{{_FEWEST_DIGITS - 1},}}")
 _MOMENT = re.compile(r"\s*\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\s*", re.ASCII)
@@ -36,7 +42,7 @@ _BEGUN_BEFORE = re.compile(rf"\+(?:{_SEPARATOR}|[0-9])*[0-9](?:{_SEPARATOR})*$")
 _CONNECTED_BEFORE = re.compile(rf"(?:[0-9][{_CONNECTORS}]*)*$")
 _CONNECTED_AFTER = re.compile(rf"(?:[{_CONNECTORS}]*[0-9])*")
 _NEARBY = 64
-_SQUEEZED = str.maketrans("", "", " \t\n\r\v\f\x1c\x1d\x1e\x1f().-/_")
+_SQUEEZED = str.maketrans("", "", " \t\n\r\v\f\x1c\x1d\x1e\x1f().-/_'")
 _TOKEN = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}\[\]]|[^\s{}\[\],:"]+', re.DOTALL)
 
 Change = Callable[[str, str], str]
@@ -152,8 +158,8 @@ def _find(digits: str, text: str) -> Iterator[tuple[int, int]]:
 def _is_part(digits: str, text: str, start: int, end: int) -> bool:
     """Say whether what stands from `start` to `end` belongs to a longer number.
 
-    A plus sign begins a number; dashes, dots and brackets connect its parts. A space may or may not: then it is taken
-    for the end, since too little hidden is worse than too much.
+    A plus sign begins a number; dashes, dots, apostrophes and brackets connect its parts. A space may or may not: then
+    it is taken for the end, since too little hidden is worse than too much.
     """
     if _BEGUN_BEFORE.search(text, max(0, start - _NEARBY), start):
         return True
