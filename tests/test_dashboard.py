@@ -425,6 +425,14 @@ def test_refusals_are_pages(instance: Instance) -> None:
         assert browser.get("/dashboard/deployment/transactions?id=x&state=9").status_code == 404
 
 
+def test_a_slash_too_many_leads_to_the_dashboard(instance: Instance) -> None:
+    """/dashboard/ leads to /dashboard, with its query as it was, whoever asks."""
+    with instance.open_browser() as browser:
+        for query in ("", "?from=50", "?from=%2Fa%20b&x=%0D%0A"):
+            answer = browser.get(f"/dashboard/{query}")
+            assert (answer.status_code, answer.headers["location"]) == (308, f"/dashboard{query}")
+
+
 def test_a_method_that_a_page_has_not_is_told_of_those_it_has(instance: Instance) -> None:
     """A page that says 405 names the methods there are, as RFC 9110 wants it."""
     with instance.open_browser() as browser:

@@ -137,6 +137,13 @@ async def show_deployments(request: Request) -> Response:
     return await _visit(request, show)
 
 
+@router.get("/")
+async def lead_to_deployments(request: Request) -> Response:
+    """Lead whoever wrote a slash too many to the page that is meant, for good: there will never be another here."""
+    query = request.url.query
+    return RedirectResponse(PATH + (f"?{query}" if query else ""), 308)
+
+
 @router.get("/deployment")
 async def show_deployment(request: Request) -> Response:
     """Show a deployment's numbers."""
