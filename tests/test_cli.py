@@ -112,6 +112,7 @@ def test_the_life_of_an_api_user(database_url: str) -> None:
         (("user", "add", "x", "--grant", "everything"), "everything"),
         (("user", "grant", "taken", "everything"), "everything"),
         (("deployment", "create", "two words"), "A deployment id has 1 to 128 visible ASCII characters."),
+        (("deployment", "create", ".."), "A deployment id is not ..: in an address that is a step, and no name."),
         (("deployment", "create", "taken"), "There is a deployment taken already."),
         (("deployment", "show", "nowhere"), "There is no deployment nowhere."),
         (("deployment", "mint", "nowhere", "1"), "There is no deployment nowhere."),

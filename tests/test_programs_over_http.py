@@ -133,6 +133,7 @@ def test_a_deployment_is_called_by_its_id_where_it_has_no_name(instance: Instanc
         assert made.json()["name"] == name
 
 
+ID_RULE = "must be 1 to 128 visible ASCII characters, and neither . nor .."
 NAME_RULE = "must be 1 to 256 printable characters"
 
 
@@ -152,9 +153,11 @@ NAME_RULE = "must be 1 to 256 printable characters"
             {
                 "title": "is not known",
                 "name": NAME_RULE,
-                "deployment": "must be 1 to 128 visible ASCII characters",
+                "deployment": ID_RULE,
             },
         ),
+        ("/deployments", b'{"deployment": "."}', 499, {"deployment": ID_RULE}),
+        ("/deployments", b'{"deployment": " .. "}', 499, {"deployment": ID_RULE}),
         ("/deployments", b'{"deployment": "a", "name": "%s"}' % (b"x" * 257), 499, {"name": NAME_RULE}),
         ("/deployments", b'{"deployment": "taken"}', 499, {"deployment": "must not be the id of another deployment"}),
         ("/deployments", b'{"deployment": "%s"}' % (b"x" * 70_000), 413, None),

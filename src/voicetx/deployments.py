@@ -67,6 +67,8 @@ def create_deployment(connection: Connection, deployment_id: str, name: str | No
     """Make a deployment; raises `DeploymentError` for an id that is none, `DeploymentTaken` for one that is taken."""
     if not is_id(deployment_id):
         raise DeploymentError("A deployment id has 1 to 128 visible ASCII characters.")
+    if is_step(deployment_id):
+        raise DeploymentError(f"A deployment id is not {deployment_id}: in an address that is a step, and no name.")
     if name is not None and not is_name(name.strip()):
         raise DeploymentError("A deployment's name has 1 to 256 printable characters.")
     if is_there(connection, deployment_id):
@@ -87,6 +89,11 @@ def is_id(text: str) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def is_step(text: str) -> bool:
+    """Say whether clients remove this from a path, escaped or not (RFC 3986, 5.2.4), so that nobody can ask for it."""
+    return text in {".", ".."}
 
 
 def is_name(text: str) -> bool:

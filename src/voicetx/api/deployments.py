@@ -53,6 +53,7 @@ from voicetx.deployments import (
     create_deployment,
     guess_format,
     is_name,
+    is_step,
     is_there,
     list_deployments,
     mint_transactions,
@@ -76,10 +77,20 @@ def _check_name(text: str) -> str:
     return text
 
 
+def _check_id(text: str) -> str:
+    if is_step(text):
+        raise ValueError("a step in a path")
+    return text
+
+
 class NewDeployment(Asked):
     """A deployment to be made."""
 
-    deployment: Annotated[TransactionId, Field(examples=["spring-2026"])]
+    deployment: Annotated[
+        TransactionId,
+        AfterValidator(_check_id),
+        Field(description="1 to 128 visible ASCII characters, and neither . nor ..", examples=["spring-2026"]),
+    ]
     name: Annotated[
         str | None,
         AfterValidator(_check_name),
