@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -666,9 +667,11 @@ def test_a_cell_is_no_formula_and_can_be_read_back(value: str) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_an_export_goes_page_by_page_and_breaks_visibly(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each page is a read of its own; with the store or the grant gone in between the connection is cut."""
+    """Each page is a read of its own; what goes wrong in between cuts the connection, and is an error if unforeseen."""
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr("voicetx.api.answers.log_request_line", lambda event, **values: lines.append(values))
     monkeypatch.setattr("voicetx.api.listings._ROWS_A_PAGE", 3)
     async with served_app(database_url, credential_cache_seconds=0) as (app, base_url, _):
         services: Services = app.state.services
@@ -705,11 +708,18 @@ async def test_an_export_goes_page_by_page_and_breaks_visibly(
         async def lose_the_grant() -> None:
             await services.store.write(lambda c: auth.set_grants(c, user, []))
 
-        for loss, reads_by_then in ((lose_the_store, 3), (lose_the_grant, 3)):
+        async def break_down() -> None:
+            raise ZeroDivisionError
+
+        for loss, code, errors in ((lose_the_store, 500, 0), (break_down, 500, 1), (lose_the_grant, 430, 0)):
             action, reads = loss, 0
+            lines.clear()
+            caplog.clear()
             with pytest.raises(httpx.RemoteProtocolError):
                 await export()
-            assert reads == reads_by_then
+            assert reads == 3
+            assert [line["code"] for line in lines] == [code]
+            assert [record.name for record in caplog.records if record.levelno >= ERROR] == ["uvicorn.error"] * errors
 
 
 @pytest.mark.anyio

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from voicetx.api import bulk, deployments, listings, operations, receipts, tokens, transactions, updates, users
 from voicetx.api.answers import (
+    AnswerCut,
     ClientGone,
     Ended,
     answer_error,
@@ -165,12 +166,16 @@ class RequestLine:
         except Exception as error:
             is_begun = status is not None
             # What has a handler comes wrapped where it comes too late for it.
-            answer = answer_error(error.__cause__ if is_begun and isinstance(error.__cause__, _HANDLED) else error)
+            foreseen = error.__cause__ if is_begun and isinstance(error.__cause__, _HANDLED) else None
+            answer = answer_error(foreseen or error)
             _, user = scope.get("state", {}).get("voicetx.log", (None, None))
             note_for_log(scope, code=answer.code, user=user)
             if is_begun:
                 _log_answer(scope, request_id, started, status)
-                raise  # half an answer is out already: only closing the connection says that it is broken
+                # Half an answer is out already: only closing the connection says that it is broken.
+                if foreseen is not None:
+                    raise AnswerCut from foreseen
+                raise
             status = answer.status
             await send_answer(send, answer, request_id)
         _log_answer(scope, request_id, started, status)

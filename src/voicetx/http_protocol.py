@@ -27,7 +27,7 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from voicetx.api.answers import Answer, Ended, answer_refusal, choose_request_id, log_requests
+from voicetx.api.answers import Answer, AnswerCut, Ended, answer_refusal, choose_request_id, log_requests
 from voicetx.api.updates import REFUSED_METHOD
 from voicetx.contract import UPDATE_PATH
 from voicetx.errors import Refusal, Rejected
@@ -207,7 +207,7 @@ class ContractProtocol(HttpToolsProtocol):
         if self._is_leaving:
             cycle.keep_alive = False
         if cycle.scope["path"] != UPDATE_PATH or cycle.waiting_for_100_continue:
-            super()._start_asgi_task(cycle, app)
+            self._serve(cycle, app)
         elif cycle.more_body:
             self._held = cycle, app
         else:
@@ -236,7 +236,7 @@ class ContractProtocol(HttpToolsProtocol):
             self._patience.cancel()
             self._patience = None
         if cycle.more_body:
-            super()._start_asgi_task(cycle, app)
+            self._serve(cycle, app)
         else:
             self._offer(cycle, app)
 
@@ -244,14 +244,18 @@ class ContractProtocol(HttpToolsProtocol):
         """Have a request whose body is whole go the short way, or else that of every request."""
         short_way = self.app_state.get("short_way")
         if short_way is None or self.flow.write_paused:
-            super()._start_asgi_task(cycle, app)
+            self._serve(cycle, app)
         else:
             short_way.offer(
                 cycle.scope,
                 bytes(cycle.body),
                 answer=partial(self._answer, cycle),
-                decline=partial(super()._start_asgi_task, cycle, app),
+                decline=partial(self._serve, cycle, app),
             )
+
+    def _serve(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Have a request go the way of every request."""
+        super()._start_asgi_task(cycle, partial(_run, cycle, app))
 
     def _answer(self, cycle: RequestResponseCycle, answer: Answer, request_id: bytes) -> None:
         if cycle.disconnected:
@@ -329,6 +333,15 @@ class ContractProtocol(HttpToolsProtocol):
         services = self.app_state.get("services")
         body_seconds = services.settings.body_timeout_seconds if services is not None else _LOOK_SECONDS
         self._watch = self.loop.call_later(min(_LOOK_SECONDS, body_seconds), self._hang_up_on_the_slow)
+
+
+async def _run(cycle: RequestResponseCycle, app: Any, *asgi: Any) -> None:
+    try:
+        await app(*asgi)
+    except AnswerCut:
+        # uvicorn complains of what is not complete, as of any defect, unless the client is gone.
+        cycle.disconnected = True
+        cycle.transport.close()
 
 
 def _is_readable(target: bytes) -> bool:

@@ -52,6 +52,10 @@ class ClientGone(Exception):  # noqa: N818 - not a defect of ours
     """The client hung up before its request was whole: there is nobody to answer."""
 
 
+class AnswerCut(Exception):  # noqa: N818 - not a defect of ours
+    """An answer that has begun can't be given whole, as was foreseen and is logged: the connection ends, no more."""
+
+
 def answer_success(body: bytes) -> Answer:
     """Return a success with a JSON body."""
     return Answer(200, 200, body)
