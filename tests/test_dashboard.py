@@ -633,7 +633,7 @@ def test_a_timeline_counts_every_update_once(minutes: dict[int, int], zone: str)
     assert timeline is not None
     assert sum(column.number for column in timeline.columns) == sum(minutes.values())
     assert 40 <= len(timeline.columns) <= 96
-    assert timeline.most_in_a_minute >= max(minutes.values())
+    assert timeline.most_in_a_minute == max(minutes.values())
 
 
 def test_a_timeline_is_cut_as_clocks_are() -> None:
@@ -656,6 +656,26 @@ def test_a_timeline_is_cut_as_clocks_are() -> None:
     timeline = arrange_timeline(by_minute, zone, None, 0)
     assert timeline is not None
     assert timeline.columns == [(f"{midnight:%Y-%m-%d}", 1) for midnight in midnights]
+
+
+def test_the_busiest_minute_is_a_real_one() -> None:
+    """Minutes that a clock shows twice, as it is turned back, share a column, but none has the updates of both."""
+    zone = ZoneInfo("Europe/Berlin")
+    twice = [datetime(2026, 10, 25, 2, 0, tzinfo=zone, fold=fold) for fold in (0, 1)]
+    by_minute = {int(moment.timestamp()) * 1000: 1 for moment in twice}
+    timeline = arrange_timeline(by_minute, zone, None, 0)
+    assert timeline is not None
+    assert timeline.columns[-1] == ("2026-10-25 02:00", 2)
+    assert (timeline.busiest, timeline.most_in_a_minute) == ("2026-10-25 02:00", 1)
+    report = reports.DeploymentReport(
+        "night", "Night", 0, 1, {}, reports.Durations(0, 0, None, None), reports.Durations(0, 0, None, None), {}, 0, {},
+        by_minute, {},
+    )  # fmt: skip
+    for minutes, is_said in ((by_minute, True), ({min(by_minute): 1}, False)):
+        shown = replace(report, updates_by_minute=minutes)
+        text = read_text(render_parts(Overview(shown, (), zone, "all", 0))["timeline"])
+        assert "The busiest minute was 02:00 with 1." in text
+        assert ("Clocks were turned back" in text) is is_said
 
 
 @given(bodies=st.lists(updates_of(), min_size=1, max_size=8, unique_by=lambda body: parse(encode(body)).digest))

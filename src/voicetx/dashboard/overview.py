@@ -31,6 +31,7 @@ SPANS: Mapping[str, int | None] = {"2h": 120, "24h": 1440, "all": None}
 _STEPS_MINUTES = (1, 2, 5, 10, 15, 30, 60, 120, 180, 360, 720, 1440, 7 * 1440, 28 * 1440, 364 * 1440)
 _MOST_COLUMNS = 96
 _FEWEST_COLUMNS = 40
+_DAY_MINUTES = 1440
 _MINUTE_MS = 60_000
 _QUARTER_MS = 900_000  # offsets from UTC change at full quarters of an hour only
 _KEYS = "123456789*0#"
@@ -67,12 +68,16 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Updates over time, in columns of `step_minutes` each; `busiest` is the minute with the most, as text."""
+    """Updates over time, in columns of `step_minutes` each; `busiest` is the minute with the most, as text.
+
+    `is_turned_back` where a column, shorter than a day, has minutes that the clock showed twice.
+    """
 
     columns: Sequence[Column]
     step_minutes: int
     busiest: str
     most_in_a_minute: int
+    is_turned_back: bool
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def arrange_timeline(
 ) -> Timeline | None:
     """Return updates by the minute as few enough columns of equal length, cut where the zone's clock cuts them.
 
-    Of the last `minutes` before `as_of_ms`, or of all. Hours that a clock shows twice are one.
+    Of the last `minutes` before `as_of_ms`, or of all. Hours that a clock shows twice are one in the columns.
     """
     since_ms = as_of_ms - minutes * _MINUTE_MS if minutes is not None else 0
     counted = {minute_ms: number for minute_ms, number in by_minute.items() if number > 0 and minute_ms > since_ms}
@@ -180,12 +185,13 @@ def arrange_timeline(
         columns[minute // step] = columns.get(minute // step, 0) + number
     end = last // step
     start = min(first // step, end - _FEWEST_COLUMNS + 1)
-    busiest = max(on_the_clock, key=lambda minute: on_the_clock[minute])
+    busiest_ms = max(counted, key=lambda minute_ms: counted[minute_ms])
     return Timeline(
         [Column(_read_clock(number * step, step), columns.get(number, 0)) for number in range(start, end + 1)],
         step,
-        _read_clock(busiest, 1),
-        on_the_clock[busiest],
+        _read_clock(busiest_ms // _MINUTE_MS + offsets[busiest_ms // _QUARTER_MS], 1),
+        counted[busiest_ms],
+        step < _DAY_MINUTES and len(on_the_clock) < len(counted),
     )
 
 
@@ -196,7 +202,7 @@ def _find_offset_minutes(milliseconds: int, zone: ZoneInfo) -> int:
 
 def _read_clock(minute: int, step_minutes: int) -> str:
     moment = _EPOCH + timedelta(minutes=minute)
-    return f"{moment:%Y-%m-%d}" if step_minutes >= 1440 else f"{moment:%Y-%m-%d %H:%M}"  # noqa: PLR2004 - of a day
+    return f"{moment:%Y-%m-%d}" if step_minutes >= _DAY_MINUTES else f"{moment:%Y-%m-%d %H:%M}"
 
 
 def _to_rows(counts: Mapping[str, int], texts: Mapping[str, str]) -> list[Row]:
