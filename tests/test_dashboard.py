@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from html import unescape
 from typing import Any
+from urllib.parse import unquote
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -347,6 +348,25 @@ def test_a_search_finds_an_id_or_says_that_there_is_none(instance: Instance) -> 
             assert "<script>" not in answer.text
             assert ("was left empty" in answer.text) is (not text)
         assert browser.post("/dashboard/search", data={"q": "x" * 9000}).status_code == 413
+
+
+def test_a_number_is_found_from_the_page_of_deployments(instance: Instance) -> None:
+    """Who may see numbers chooses the deployment to look for one in, the newest at first; an id needs no choice."""
+    register(instance.database_url, ["newest-1"], "newest-run")
+    with instance.browse() as browser:
+        page = browser.get("/dashboard").text
+        options = re.findall(r'<option value="([^"]+)"( selected)?>', page)
+        shown = re.findall(r'href="/dashboard/deployment\?id=([^"]+)"', page)
+        assert [unescape(value) for value, _ in options] == [unquote(value) for value in shown]
+        assert [value for value, is_chosen in options if is_chosen] == [options[0][0]] == ["newest-run"]
+        assert '<label class="dim" for="of">' in page
+        for chosen, is_there in ((DEPLOYMENT, True), ("newest-run", False)):
+            found = browser.post("/dashboard/search", data={"q": "+1 (555) 010-0042", "deployment": chosen})
+            assert (STORY in found.text, "Their histories are not searched" in found.text) == (is_there, True)
+            answer = browser.post("/dashboard/search", data={"q": STORY, "deployment": chosen})
+            assert answer.headers["location"] == f"/dashboard/transaction?id={STORY}"
+    with instance.browse("reader") as browser:
+        assert "<select" not in browser.get("/dashboard").text
 
 
 def collect_ids(browser: httpx.Client, path: str, **query: str) -> list[str]:

@@ -138,6 +138,26 @@ def test_a_person_watches_a_call_come_in(chromium: Chromium) -> None:
     chromium.run(act, signs_in=False)
 
 
+def test_a_number_is_looked_for_in_the_deployment_that_was_chosen(chromium: Chromium) -> None:
+    """By keyboard alone, on a phone, a person finds a transaction by its number from the page of deployments."""
+
+    def act(page: Page) -> None:
+        chosen = page.get_by_label("Look for a number in")
+        expect(chosen).to_have_value("live-run")
+        page.get_by_role("searchbox").focus()
+        page.keyboard.type("+1 555 010 0042")
+        page.keyboard.press("Tab")
+        expect(chosen).to_be_focused()
+        page.keyboard.type("Spring")
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Find")).to_be_in_viewport(ratio=1)
+        page.keyboard.press("Enter")
+        see(page.get_by_role("heading", level=1), "Found by number")
+        see(page.locator("main"), STORY)
+
+    chromium.run(act, viewport={"width": 320, "height": 640})
+
+
 def test_what_changes_leaves_the_rest_alone(chromium: Chromium) -> None:
     """While numbers change, focus, open details and what is marked stay as they are."""
 
