@@ -208,15 +208,40 @@ def test_pages_keep_the_rules_of_accessibility(chromium: Chromium, scheme: str) 
 
 
 def test_pages_fit_a_phone(chromium: Chromium) -> None:
-    """At 320 pixels no page is wider than its window."""
+    """At 320 pixels no page is wider than its window, and nothing is cut off at an edge within it."""
 
     def act(page: Page) -> None:
+        chromium.update(transaction_id="live-1")
         for name, path in PAGES.items():
             page.goto(path)
             width = page.evaluate("document.documentElement.scrollWidth")
             assert width <= 320, name
+            for place in page.locator(".tabs, .card").all():
+                assert place.evaluate("element => element.scrollWidth <= element.clientWidth"), name
 
     chromium.run(act, viewport={"width": 320, "height": 640})
+
+
+_COUNT_LINES = """element => {
+    const range = document.createRange();
+    range.selectNodeContents(element);
+    return new Set([...range.getClientRects()].map((box) => Math.round(box.bottom))).size;
+}"""
+
+
+@pytest.mark.parametrize("width", [320, 375, 1280])
+def test_words_are_not_broken(chromium: Chromium, width: int) -> None:
+    """However narrow its place, what a row or a column is called stands on lines of whole words."""
+
+    def act(page: Page) -> None:
+        chromium.update(transaction_id="call-000001", times_attempted="999")
+        for path in (OVERVIEW, "/dashboard"):
+            page.goto(path)
+            for place in page.locator("#part-attempts th, #part-talk th, thead th").all():
+                words = place.inner_text().split(" ")
+                assert place.evaluate(_COUNT_LINES) <= len(words), words
+
+    chromium.run(act, viewport={"width": width, "height": 800})
 
 
 def test_a_keyboard_is_enough(chromium: Chromium) -> None:
