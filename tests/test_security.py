@@ -35,6 +35,7 @@ OPEN = {
     "/redoc",
     "/static-offline-docs",
     "/dashboard/static/x",
+    "/dashboard/",
 }
 """The paths that answer without a credential, each named in docs/security.md. The token endpoint takes its own."""
 
