@@ -1,8 +1,8 @@
 """Reading while updates come in: how long a report on a million transactions takes, and what it costs the updates.
 
 `make bench-reading`: five minutes. One deployment of a million transactions on each database; 64 connections send
-updates for all of them, first alone, then while a client asks for the deployment's report, its list of missing
-outcomes and a page of its transactions, each once a second.
+updates for all of them: alone, while a client asks for the deployment's report once a second, and while it also asks for
+its missing outcomes and for a page of its transactions, by turns.
 """
 
 import argparse
@@ -35,16 +35,20 @@ _READS = {
 }
 
 
+_READERS: dict[str, list[str]] = {"alone": [], "beside the report": ["the report"], "beside all three": list(_READS)}
+
+
 @contextmanager
-def reading(port: int, key: str) -> Iterator[dict[str, list[float]]]:
+def reading(port: int, key: str, reads: list[str]) -> Iterator[dict[str, list[float]]]:
     """Read by turns until the end; yields the milliseconds that each answer took."""
-    took: dict[str, list[float]] = {name: [] for name in _READS}
+    took: dict[str, list[float]] = {name: [] for name in reads}
     is_over = threading.Event()
 
     def read_on() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         while not is_over.wait(_PAUSE_SECONDS):
-            for name, path in _READS.items():
+            for name in reads:
+                path = _READS[name]
                 started = time.perf_counter()
                 connection.request("GET", path, headers={"authorization": f"Bearer {key}"})
                 answer = connection.getresponse()
@@ -66,23 +70,20 @@ def reading(port: int, key: str) -> Iterator[dict[str, list[float]]]:
 def measure(name: str, url: str, key: str, transactions: int, seconds: int) -> None:
     """Print the rate of updates with and without a reader, by turns, and how long the reader waited."""
     _, reader_key = platform_side.make_user(url, "reader", [Grant.TRANSACTIONS_READ])
-    rates: dict[bool, list[float]] = {False: [], True: []}
+    rates: dict[str, list[float]] = {name: [] for name in _READERS}
     waited: dict[str, list[float]] = {read: [] for read in _READS}
     with Service(url, workers=0, environment=_SETTINGS) as service:
-        for has_reader in (False, True) * 3:
+        for reader, reads in list(_READERS.items()) * 3:
             load.run_wrk(service.port, key, connections=64, seconds=1, transactions=range(transactions))
-            if not has_reader:
+            with reading(service.port, reader_key, reads) as took:
                 run = load.run_wrk(service.port, key, connections=64, seconds=seconds, transactions=range(transactions))
-            else:
-                with reading(service.port, reader_key) as took:
-                    run = load.run_wrk(
-                        service.port, key, connections=64, seconds=seconds, transactions=range(transactions)
-                    )
-                for read, milliseconds in took.items():
-                    waited[read] += milliseconds
-            rates[has_reader].append(run.updates_per_second)
-    alone, beside = (statistics.median(rates[has_reader]) for has_reader in (False, True))
-    print(f"{name}: {alone:,.0f} updates a second alone, {beside:,.0f} beside a reader, {beside / alone:.2f}x")
+            for read, milliseconds in took.items():
+                waited[read] += milliseconds
+            rates[reader].append(run.updates_per_second)
+    alone = statistics.median(rates["alone"])
+    for reader, measured in rates.items():
+        rate = statistics.median(measured)
+        print(f"{name}: {rate:,.0f} updates a second {reader}, {rate / alone:.2f}x")
     for read, milliseconds in waited.items():
         slowest = max(milliseconds)
         print(
