@@ -1,8 +1,8 @@
 """Reading while updates come in: how long a report on a million transactions takes, and what it costs the updates.
 
 `make bench-reading`: five minutes. One deployment of a million transactions on each database; 64 connections send
-updates for all of them: alone, while a client asks for the deployment's report once a second, and while it also asks for
-its missing outcomes and for a page of its transactions, by turns.
+updates for all of them: alone, while a client asks for the deployment's report once a second, and while it also asks
+for its missing outcomes and for a page of its transactions, by turns.
 """
 
 import argparse
