@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from voicetx.auth import Grant
 from voicetx.cli import simulate as command
 from voicetx.deployments import Deployment, list_deployments
 from voicetx.errors import Refusal
+from voicetx.reports import report_users
 from voicetx.schema import voice_update
 
 GRANTS = (Grant.TRANSACTIONS_UPDATE, Grant.DEPLOYMENTS_WRITE)
@@ -233,9 +235,9 @@ def test_what_cannot_be_simulated_is_a_sentence(service: Service, database_url: 
         assert len(done.stderr.splitlines()) == 1
         return done.stderr
 
-    assert "/mint answered 498: Invalid token" in complain(key="vsk_x")
+    assert "/deployments answered 498: Invalid token" in complain(key="vsk_x")
     assert "the key is none" in complain(key="vsk_ x\n")
-    assert "/mint answered 430" in complain(key=dialers)
+    assert "/deployments answered 430" in complain(key=dialers)
     assert "/voicecampaigntransactions answered 430" in complain()
     assert "deployment must be" in complain("--deployment", "two words")
     assert "nothing gets through within 5 s: 429" in complain("--patience", "5", "--calls", "5", key=slow)
@@ -341,3 +343,5 @@ def test_a_live_demonstration_has_calls_and_leaves_nothing_behind(tmp_path: Path
     assert len(family) == 3  # the service, who writes the file, who calls
     wait_until(lambda: all(map(has_ended, family)), "Somebody was left behind", log)
     assert "Traceback" not in log.read_text()
+    (did,) = run_on(url, lambda connection: report_users(connection, 2, datetime.now(UTC).date()))
+    assert (did.recorded > 5, did.refused) == (True, {})

@@ -280,7 +280,7 @@ def simulate(  # noqa: PLR0913 - an option each
             if known is not None:
                 return await _ring(service, plan(), known, connections)
             where = deployment or f"simulated-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-            minted = await _mint(service, where, "Simulated calls", calls or _CALLS)
+            minted = await _mint(service, where, "Simulated calls", calls or _CALLS, is_new=deployment is None)
             return {"deployment": where} | await _ring(service, plan(), minted, connections)
 
     found = asyncio.run(run())
@@ -329,9 +329,12 @@ async def _connect(url: str, key: str, connections: int, patience_seconds: float
         yield _Service(client, patience_seconds)
 
 
-async def _mint(service: _Service, deployment: str, name: str, count: int) -> list[str]:
-    """Return the ids of new transactions in a deployment, which is made if it is not there."""
+async def _mint(service: _Service, deployment: str, name: str, count: int, *, is_new: bool) -> list[str]:
+    """Return the ids of new transactions in a deployment, which is made if it is new, or not there."""
     minted: list[str] = []
+    if is_new:
+        # Where it is there all the same, this was asked before and the answer got lost.
+        await service.ask("POST", _DEPLOYMENTS_PATH, orjson.dumps({"deployment": deployment, "name": name}))
     path = f"{_DEPLOYMENTS_PATH}/{quote(deployment, safe='')}/mint"
     while len(minted) < count:
         wanted = orjson.dumps({"count": min(_CHUNK, count - len(minted))})
@@ -483,7 +486,8 @@ def ring_on() -> None:
         async with _connect(address, secret_key, _LIVE_CONNECTIONS, math.inf) as service:
             while True:
                 now = datetime.now(ZoneInfo(time_zone))
-                ids = await _mint(service, f"live-{now:%Y%m%d-%H%M%S}", f"Simulated at {now:%H:%M}", _LIVE_CALLS)
+                where, name = f"live-{now:%Y%m%d-%H%M%S}", f"Simulated at {now:%H:%M}"
+                ids = await _mint(service, where, name, _LIVE_CALLS, is_new=True)
                 campaign = Campaign(
                     seed=time.time_ns(), begins_at=now.replace(tzinfo=None), rate=_LIVE_RATE, speed=_LIVE_SPEED
                 )
