@@ -317,8 +317,10 @@ def mask_deployment(report: DeploymentReport) -> DeploymentReport:
 
     Presses are rounded down to fives: by the exact numbers one would see which keys a single call pressed.
     """
-    rounded = {key: number - number % _PRESSES_STEP for key, number in report.key_presses.items()}
-    return replace(report, key_presses={key: number for key, number in rounded.items() if number}, is_masked=True)
+    rounded = {
+        key: number - number % _PRESSES_STEP for key, number in report.key_presses.items() if number >= _PRESSES_STEP
+    }
+    return replace(report, key_presses=rounded, is_masked=True)
 
 
 def describe_deployment(report: DeploymentReport, time_zone: ZoneInfo) -> dict[str, Any]:

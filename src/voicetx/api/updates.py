@@ -29,6 +29,8 @@ from voicetx.errors import Refusal, Rejected
 from voicetx.services import Services
 
 METHODS = frozenset(UPDATE_METHODS)
+"""Those that make a request to the update path an update."""
+
 _REFUSED = answer_refusal(Rejected(Refusal.METHOD_NOT_SUPPORTED))
 
 REFUSED_METHOD = replace(_REFUSED, headers=(*_REFUSED.headers, (b"allow", ", ".join(UPDATE_METHODS).encode())))

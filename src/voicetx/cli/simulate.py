@@ -332,15 +332,16 @@ async def _connect(url: str, key: str, connections: int, patience_seconds: float
 async def _mint(service: _Service, deployment: str, name: str, count: int, *, is_new: bool) -> list[str]:
     """Return the ids of new transactions in a deployment, which is made if it is new, or not there."""
     minted: list[str] = []
+    made = {"deployment": deployment, "name": name}
     if is_new:
         # Where it is there all the same, this was asked before and the answer got lost.
-        await service.ask("POST", _DEPLOYMENTS_PATH, orjson.dumps({"deployment": deployment, "name": name}))
+        await service.ask("POST", _DEPLOYMENTS_PATH, orjson.dumps(made))
     path = f"{_DEPLOYMENTS_PATH}/{quote(deployment, safe='')}/mint"
     while len(minted) < count:
         wanted = orjson.dumps({"count": min(_CHUNK, count - len(minted))})
         response = await service.ask("POST", path, wanted)
         if response.status_code == Refusal.NOT_FOUND.status and not minted:
-            await service.administer(_DEPLOYMENTS_PATH, {"deployment": deployment, "name": name})
+            await service.administer(_DEPLOYMENTS_PATH, made)
             response = await service.ask("POST", path, wanted)
         if _read_refusal(response) is not None:
             raise service.give_up(response)
