@@ -322,6 +322,24 @@ def test_a_transaction_shows_what_came_late_and_what_cannot_be(instance: Instanc
     assert "voice-recorded Yes" in read_text(page)  # which a late update gave
 
 
+def test_the_page_of_a_cut_history_says_what_holds_for_the_whole(instance: Instance) -> None:
+    """Where the newest update came before those that are shown, none of them is called the newest or in time."""
+    register(instance.database_url, ["cut-1"], "cut-run")
+    instance.update(transaction_id="cut-1", times_attempted="2")
+    for number in range(pages.FEW_UPDATES):
+        instance.update(transaction_id="cut-1", times_attempted="1", message=str(number))
+    with instance.browse() as browser:
+        cut, whole = (
+            read_text(browser.get("/dashboard/transaction", params={"id": "cut-1", **query}).text)
+            for query in ({}, {"updates": "all"})
+        )
+    assert "100 came late. The newest came before all of these" in cut
+    assert "The last 100 of 101." in cut
+    assert "None came late" not in cut
+    assert "100 came late and lie lower than one before them. The filled one is the newest" in whole
+    assert "of 101" in whole
+
+
 def test_numbers_are_masked_for_who_may_not_see_them(instance: Instance) -> None:
     """Without the grant no page shows a number or digits pressed, nor finds a number; with it all do."""
     for user, is_masked in (("reader", True), ("clerk", False)):
