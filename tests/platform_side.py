@@ -18,10 +18,10 @@ HIGH_LIMIT = "1000000/second"
 
 
 def run_on(database_url: str, work: Callable[[Connection], T]) -> T:
-    """Run `work` in a transaction of its own on a database."""
+    """Run `work` in a transaction of its own on a database, however long it takes."""
 
     async def run() -> T:
-        store = Store(database_url)
+        store = Store(database_url, is_patient=True)
         try:
             return await store.write(work)
         finally:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
@@ -492,7 +492,7 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     found: dict[str, Found] = {}
     if connection.dialect.name == "postgresql":
         pairs = sorted((transaction_id, digest) for transaction_id, digests in updates.items() for digest in digests)
-        for *values, fields, digest in connection.exec_driver_sql(_LOOK_UP, tuple(zip(*pairs, strict=True))).all():
+        for *values, fields, digest in _fetch(connection, _LOOK_UP, tuple(zip(*pairs, strict=True))):
             transaction_id = values[0]
             if transaction_id not in found:
                 found[transaction_id] = Found(_to_transaction((*values, *fields)), values[1], set())
@@ -500,17 +500,33 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
                 found[transaction_id].held.add(digest)
         return found
     ids = (orjson.dumps(sorted(updates)).decode(),)
-    for row in connection.exec_driver_sql(_LOOK_UP_TRANSACTIONS, ids):
+    for row in _fetch(connection, _LOOK_UP_TRANSACTIONS, ids):
         found[row[0]] = Found(_to_transaction(row), row[1], set())
     # Of a short history those that nobody asked about are of no harm.
     short = sorted(name for name, (transaction, *_) in found.items() if transaction.updates <= _SHORT_HISTORY)
-    digests = list(connection.exec_driver_sql(_LOOK_UP_DIGESTS, (orjson.dumps(short).decode(),)))
+    digests = list(_fetch(connection, _LOOK_UP_DIGESTS, (orjson.dumps(short).decode(),)))
     for name in found.keys() - short:
         for digest in updates[name]:
-            digests += connection.exec_driver_sql(_LOOK_UP_DIGEST, (name, digest))
+            digests += _fetch(connection, _LOOK_UP_DIGEST, (name, digest))
     for transaction_id, digest in digests:
         found[transaction_id].held.add(digest)
     return found
+
+
+def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    """Return the rows of a statement that reads, or that does all that it does or nothing.
+
+    Asked on the driver's own cursor: SQLAlchemy's execution and its result take longer than that. What fails is asked
+    once more through SQLAlchemy, which tells a lost connection from a wrong value and raises its own errors.
+    """
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement, values)
+        return cast(Iterable[Sequence[Any]], cursor.fetchall())
+    except connection.dialect.loaded_dbapi.Error:
+        return connection.exec_driver_sql(statement, tuple(values)).all()
+    finally:
+        cursor.close()
 
 
 def _to_transaction(row: Sequence[Any]) -> Transaction:
@@ -591,7 +607,7 @@ def record_changes(connection: Connection, changes: Iterable[Change], now_ms: in
     rows = [_describe_row(change, now_ms, heading) for change in ordered]
     history = [_describe_update(received) for change in ordered for received in change.new]
     if connection.dialect.name == "postgresql":
-        written = connection.exec_driver_sql(_RECORD, (_dump(rows), _dump(history), heading)).scalar_one()
+        ((written,),) = _fetch(connection, _RECORD, (_dump(rows), _dump(history), heading))
         return set(written or ())
     # Under the lock that BEGIN IMMEDIATE took nobody has changed a row since it was read.
     connection.exec_driver_sql(_UPDATE_TRANSACTION, [tuple(map(row.get, _BOUND)) for row in rows])
