@@ -32,6 +32,7 @@ from voicetx.api.answers import (
     to_response,
 )
 from voicetx.api.endpoints import RawPath
+from voicetx.api.heads import KnownHeads
 from voicetx.api.openapi import complete_openapi
 from voicetx.api.pages import PageGuard
 from voicetx.api.short_way import ShortWay
@@ -43,6 +44,8 @@ from voicetx.logs import configure_logging
 from voicetx.services import Services
 from voicetx.settings import Settings
 from voicetx.store import StoreUnavailable
+
+_OBJECTS_MOST = 20_000  # new ones, before the collector looks: more than the requests under way have
 
 _HANDLED = (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException)
 
@@ -59,8 +62,10 @@ def create_app(settings: Settings) -> FastAPI:
         # What is there now stays: the collector need not go through it again for every few thousand new objects.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(_OBJECTS_MOST)
         try:
-            yield {"services": services, "short_way": ShortWay(services)}  # where the protocol finds them
+            # Where the protocol finds them.
+            yield {"services": services, "short_way": ShortWay(services), "known_heads": KnownHeads()}
         finally:
             await services.close()
 

@@ -98,12 +98,9 @@ class Authenticator:
         self._found: dict[bytes, _Found] = {}
         self._lookups: dict[bytes, asyncio.Task[_Found | None]] = {}
 
-    def recall(self, authorization: bytes) -> ApiUser | None:
-        """Return the user of an `authorization` header that was looked up a moment ago, or None; asks nobody."""
-        credential = _read_bearer(authorization)
-        if credential is None:
-            return None
-        found = self._found.get(hashlib.sha256(credential).digest())
+    def recall(self, credential_digest: bytes) -> ApiUser | None:
+        """Return the user of a credential that was looked up a moment ago, or None; asks nobody."""
+        found = self._found.get(credential_digest)
         if found is None or found.believed_until <= time.monotonic() or _has_expired(found):
             return None
         return found.user
@@ -218,6 +215,12 @@ class Authenticator:
     async def _fail(self, address: str) -> NoReturn:
         await self._throttle.count_failed_sign_in(address)
         raise Rejected(Refusal.NOT_SIGNED_IN)
+
+
+def digest_bearer(authorization: bytes) -> bytes | None:
+    """Return the SHA-256 of the credential that an `authorization` header bears, which `recall` knows it by."""
+    credential = _read_bearer(authorization)
+    return hashlib.sha256(credential).digest() if credential is not None else None
 
 
 def _read_bearer(authorization: bytes) -> bytes | None:

@@ -19,7 +19,7 @@ import resource
 import time
 from asyncio import TimerHandle, Transport
 from collections import deque
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import httptools
@@ -28,6 +28,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from voicetx.api.answers import Answer, AnswerCut, Ended, answer_refusal, choose_request_id, log_requests
+from voicetx.api.heads import Head, read_head
 from voicetx.api.updates import REFUSED_METHOD
 from voicetx.contract import UPDATE_PATH
 from voicetx.errors import Refusal, Rejected
@@ -81,6 +82,9 @@ class ContractProtocol(HttpToolsProtocol):
     _held: tuple[RequestResponseCycle, Any] | None = None
     _patience: TimerHandle | None = None
     _is_leaving = False
+    _is_amid_request = False  # the parser has begun one, and not ended it
+    _message = b""  # what is being parsed, where it began between two requests
+    _in_hand: bytes | None = None  # a request that the parser was not asked about, on its way
     _unread = b""  # received, and not parsed before the requests that wait are answered
     _unsettled_bytes = 0  # of a head or of trailers so far, what came in the same piece before them counted too
     _piece_bytes = 0
@@ -101,22 +105,54 @@ class ContractProtocol(HttpToolsProtocol):
         """Parse what came in."""
         if self._last_answer is not None:
             return
-        if len(data) <= _PIECE_BYTES and not self._unread and not self.pipeline:
-            self._parse(data)
-        else:
+        if len(data) > _PIECE_BYTES or self._unread or self._must_wait():
             self._unread += data
             self._read_on()
+        elif self._is_amid_request or self._owes_an_answer():
+            self._parse(data)
+        elif not self._take_known(data):
+            self._message = data
+            self._parse(data)
+            self._message = b""
+
+    def _take_known(self, message: bytes) -> bool:
+        """Have an update whose head was read before go the short way, without asking the parser again."""
+        short_way = self.app_state.get("short_way")
+        if short_way is None or self.flow.write_paused or self._is_leaving:
+            return False
+        known = self.app_state["known_heads"].read(message)
+        if known is None:
+            return False
+        self._unset_keepalive_if_required()
+        self._cycle_seen = None
+        self._in_hand = message
+        short_way.offer(*known, answer=self._answer_known, decline=self._parse_in_hand)
+        return True
+
+    def _answer_known(self, answer: Answer, request_id: bytes) -> None:
+        if self._in_hand is not None:
+            self._in_hand = None
+            self._write_answer(answer, request_id, keep_alive=not self._is_leaving)
+
+    def _parse_in_hand(self) -> None:
+        if self._in_hand is not None:
+            message, self._in_hand = self._in_hand, None
+            self._parse(message)
 
     def _read_on(self) -> None:
         """Parse what is unread, up to where requests wait for those before them."""
         unread = memoryview(self._unread)
-        while unread and not self.pipeline and self._last_answer is None and not self.transport.is_closing():
+        while unread and not self._must_wait() and self._last_answer is None and not self.transport.is_closing():
             self._parse(unread[:_PIECE_BYTES])
             unread = unread[_PIECE_BYTES:]
         self._unread = bytes(unread)
         self.flow.is_full = bool(unread)
         if unread:
             self.flow.pause_reading()
+
+    def _must_wait(self) -> bool:
+        """Say whether what comes next waits for the requests before it."""
+        return bool(self.pipeline) or self._in_hand is not None
 
     def _parse(self, piece: bytes | memoryview) -> None:
         self._unset_keepalive_if_required()
@@ -156,6 +192,11 @@ class ContractProtocol(HttpToolsProtocol):
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join((*lines, b"", b""))
 
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        self._is_amid_request = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """Start on a request whose head is whole."""
         if len(self.headers) > _HEADERS_MOST or (
@@ -169,9 +210,10 @@ class ContractProtocol(HttpToolsProtocol):
         self.headers = _NOWHERE
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of a request whose body will not be whole."""
+        """Let go of a request whose body will not be whole, and of the answer that nobody takes."""
         self._hand_over()
         self._unread = b""
+        self._in_hand = None
         if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
@@ -187,6 +229,7 @@ class ContractProtocol(HttpToolsProtocol):
         """Answer an update whose body is whole now."""
         if self.parser.should_upgrade():
             return
+        self._is_amid_request = False
         self._unsettled_bytes = self._piece_bytes
         super().on_message_complete()
         self._hand_over()
@@ -198,7 +241,7 @@ class ContractProtocol(HttpToolsProtocol):
         if self._last_answer is not None:
             if is_last:
                 self._end(self._last_answer)
-        elif self._unread and not self.pipeline:
+        elif self._unread and not self._must_wait():
             self._read_on()
             self.flow.resume_reading()
 
@@ -217,7 +260,9 @@ class ContractProtocol(HttpToolsProtocol):
         """Take one more request where none is under way, but not for long; uvicorn would cut it off."""
         if (services := self.app_state.get("services")) is not None:
             services.leaving.set()
-        if not self._owes_an_answer():
+        if self._in_hand is not None:
+            self._is_leaving = True
+        elif not self._owes_an_answer():
             self._is_leaving = True
             self.loop.call_later(_LAST_REQUEST_SECONDS, self._leave)
         else:
@@ -246,10 +291,11 @@ class ContractProtocol(HttpToolsProtocol):
         if short_way is None or self.flow.write_paused:
             self._serve(cycle, app)
         else:
+            head = read_head(cast("dict[str, Any]", cycle.scope))
             short_way.offer(
-                cycle.scope,
+                head,
                 bytes(cycle.body),
-                answer=partial(self._answer, cycle),
+                answer=partial(self._answer, cycle, head, self._message),
                 decline=partial(self._serve, cycle, app),
             )
 
@@ -257,24 +303,28 @@ class ContractProtocol(HttpToolsProtocol):
         """Have a request go the way of every request."""
         super()._start_asgi_task(cycle, partial(_run, cycle, app))
 
-    def _answer(self, cycle: RequestResponseCycle, answer: Answer, request_id: bytes) -> None:
+    def _answer(
+        self, cycle: RequestResponseCycle, head: Head, message: bytes, answer: Answer, request_id: bytes
+    ) -> None:
         if cycle.disconnected:
             return
-        self.transport.write(self._render(answer, request_id, keep_alive=cycle.keep_alive))
-        # What uvicorn does when an answer is complete.
+        if message and cycle.keep_alive:
+            self.app_state["known_heads"].learn(message, head, len(cycle.body))
         cycle.response_started = cycle.response_complete = True
-        if not cycle.keep_alive:
+        self._write_answer(answer, request_id, keep_alive=cycle.keep_alive)
+
+    def _write_answer(self, answer: Answer, request_id: bytes, *, keep_alive: bool) -> None:
+        """Write a whole answer, and go on as uvicorn does when one is complete."""
+        self.transport.write(self._render(answer, request_id, keep_alive=keep_alive))
+        if not keep_alive:
             self.transport.close()
         self.on_response_complete()
 
     def _render(self, answer: Answer, request_id: bytes, *, keep_alive: bool) -> bytes:
-        lines = [STATUS_LINE[answer.status]]
-        for name, value in (*self.server_state.default_headers, *answer.headers):
-            lines += (name, b": ", value, b"\r\n")
-        lines.append(b"content-length: %d\r\nx-request-id: %b\r\n" % (len(answer.body), request_id))
-        lines.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        lines.append(answer.body)
-        return b"".join(lines)
+        start = _render_start(answer.status, (*self.server_state.default_headers, *answer.headers))
+        end = b"\r\n" if keep_alive else b"connection: close\r\n\r\n"
+        length = len(answer.body)
+        return b"%bcontent-length: %d\r\nx-request-id: %b\r\n%b%b" % (start, length, request_id, end, answer.body)
 
     def _explain(self, error: httptools.HttpParserError) -> Answer:
         """Return the answer to what the parser, or a callback of it, did not take."""
@@ -306,7 +356,7 @@ class ContractProtocol(HttpToolsProtocol):
 
     def _owes_an_answer(self) -> bool:
         cycle = cast("RequestResponseCycle | None", self.cycle)  # uvicorn says otherwise
-        return cycle is not None and not cycle.response_complete
+        return self._in_hand is not None or (cycle is not None and not cycle.response_complete)
 
     def _end(self, answer: Answer) -> None:
         if self.transport.is_closing():
@@ -342,6 +392,12 @@ async def _run(cycle: RequestResponseCycle, app: Any, *asgi: Any) -> None:
         # uvicorn complains of what is not complete, as of any defect, unless the client is gone.
         cycle.disconnected = True
         cycle.transport.close()
+
+
+@lru_cache(maxsize=64)
+def _render_start(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    """Return the lines of an answer that nearly all of a second have in common."""
+    return b"".join((STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers)))
 
 
 def _is_readable(target: bytes) -> bool:

@@ -178,7 +178,9 @@ def commit_batch(connection: Connection, batch: Sequence[Received], *, registers
         for transaction_id in written:
             _, _, transaction, new = changes[transaction_id]
             recorded.update(map(id, new))
-            stale.update(received.api_key_id for received in new if received.update.position != transaction.position)
+            for received in new:
+                if received.update.position != transaction.position:
+                    stale[received.api_key_id] += 1
             inconsistent += transaction.is_inconsistent
         waiting = {transaction_id: waiting[transaction_id] for transaction_id in changes.keys() - written}
     outcomes = [

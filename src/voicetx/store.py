@@ -522,7 +522,7 @@ def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Ite
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement, values)
-        return cast(Iterable[Sequence[Any]], cursor.fetchall())
+        return cast("Iterable[Sequence[Any]]", cursor.fetchall())
     except connection.dialect.loaded_dbapi.Error:
         return connection.exec_driver_sql(statement, tuple(values)).all()
     finally:

@@ -186,11 +186,12 @@ class Throttle:
         """
         lease = self._find_lease(user, self._default if limit is None else limit)
         lease.enter(lease.find_window())
-        if lease.left < 1 and (self._redis is not None or lease.is_exhausted):
-            return False
-        self._top_up(lease, 1)
         if lease.left < 1:
-            return False
+            if self._redis is not None:
+                return False
+            self._top_up(lease, 1)
+            if lease.left < 1:
+                return False
         self._note_decision(lease)
         lease.left -= 1
         return True

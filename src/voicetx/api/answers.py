@@ -23,7 +23,7 @@ from starlette.types import Scope, Send
 from voicetx import activity, metrics
 from voicetx.auth import ApiUser
 from voicetx.errors import Fault, Refusal, Rejected
-from voicetx.logs import log_request_line
+from voicetx.logs import log_request_lines
 from voicetx.store import StoreUnavailable
 from voicetx.throttle import ThrottleReached
 
@@ -111,9 +111,18 @@ def answer_error(error: Exception) -> Answer:
 
 def choose_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return the request's own `x-request-id` where it is a sane one, else a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
-            return value
+    return find_request_id(headers) or make_request_id()
+
+
+def find_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the request's own `x-request-id` where it is a sane one."""
+    return next(
+        (value for name, value in headers if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value)), None
+    )
+
+
+def make_request_id() -> bytes:
+    """Return a new request id."""
     return b"%016x" % random.getrandbits(64)
 
 
@@ -154,6 +163,7 @@ def log_requests(requests: Sequence[Ended]) -> None:
     """Write the one log line of each request and count it, all of them as ended now."""
     now = time.perf_counter()
     answered: dict[tuple[str, int], list[float]] = {}
+    lines: list[dict[str, Any]] = []
     for method, path, request_id, started, code, user in requests:
         seconds = now - started
         if code is None:
@@ -162,15 +172,18 @@ def log_requests(requests: Sequence[Ended]) -> None:
             answered.setdefault((path, code), []).append(seconds)
             if user is not None and code in _REFUSALS:
                 activity.count(user.api_key_id, f"code-{code}")
-        log_request_line(
-            "request" if code is not None else "request.abandoned",
-            request_id=request_id.decode("ascii"),
-            method=method,
-            path=path,
-            api_user=user.name if user is not None else None,
-            code=code,
-            milliseconds=round(seconds * 1000, 2),
+        lines.append(
+            {
+                "request_id": request_id.decode("ascii"),
+                "method": method,
+                "path": path,
+                "api_user": user.name if user is not None else None,
+                "code": code,
+                "milliseconds": round(seconds * 1000, 2),
+                "event": "request" if code is not None else "request.abandoned",
+            }
         )
+    log_request_lines(lines)
     for (path, code), durations in answered.items():
         answers, answer_seconds = _find_counters(path, code)
         answers.inc(len(durations))

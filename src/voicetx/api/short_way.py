@@ -14,10 +14,10 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import structlog
-from starlette.types import Scope
 
-from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, choose_request_id, log_requests
-from voicetx.api.updates import METHODS, answer_recorded, find_authorization
+from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, log_requests, make_request_id
+from voicetx.api.heads import Head
+from voicetx.api.updates import METHODS, answer_recorded
 from voicetx.auth import ApiUser, Grant
 from voicetx.contract import UPDATE_PATH, Update, parse
 from voicetx.errors import Refusal, Rejected
@@ -28,7 +28,7 @@ _log = structlog.get_logger(__name__)
 
 
 class _Offered(NamedTuple):
-    scope: Scope
+    head: Head
     body: bytes
     started: float
     answer: Callable[[Answer, bytes], None]
@@ -53,12 +53,12 @@ class ShortWay:
         self._done: list[_Submitted] = []
 
     def offer(
-        self, scope: Scope, body: bytes, answer: Callable[[Answer, bytes], None], decline: Callable[[], None]
+        self, head: Head, body: bytes, answer: Callable[[Answer, bytes], None], decline: Callable[[], None]
     ) -> None:
         """Take a request and have `answer` called with its answer and request id; or `decline`, with nothing done."""
         if not self._offered:
             get_running_loop().call_soon(self._take)
-        self._offered.append(_Offered(scope, body, time.perf_counter(), answer, decline))
+        self._offered.append(_Offered(head, body, time.perf_counter(), answer, decline))
 
     def _take(self) -> None:
         offered, self._offered = self._offered, []
@@ -76,10 +76,10 @@ class ShortWay:
 
     def _find_dialer(self, request: _Offered, recall: Callable[[bytes], ApiUser | None]) -> ApiUser | None:
         """Return who sends a request, where that is known here and its method, size and sender may be an update's."""
-        if request.scope["method"] not in METHODS or len(request.body) > self._services.settings.body_limit_bytes:
+        method, credential_digest, _ = request.head
+        if method not in METHODS or len(request.body) > self._services.settings.body_limit_bytes:
             return None
-        authorization = find_authorization(request.scope)
-        user = recall(authorization) if authorization is not None else None
+        user = recall(credential_digest) if credential_digest is not None else None
         return user if user is not None and Grant.TRANSACTIONS_UPDATE in user.grants else None
 
     def _submit(self, update: Update, user: ApiUser) -> "Future[Outcome]":
@@ -98,7 +98,7 @@ class ShortWay:
     def _answer(self) -> None:
         done, self._done = self._done, []
         answers = [_answer_outcome(submitted) for submitted in done]
-        request_ids = [choose_request_id(submitted.request.scope["headers"]) for submitted in done]
+        request_ids = [submitted.request.head.request_id or make_request_id() for submitted in done]
         for submitted, answer, request_id in zip(done, answers, request_ids, strict=True):
             try:
                 submitted.request.answer(answer, request_id)
@@ -106,7 +106,7 @@ class ShortWay:
                 _log.error("request.failed", exc_info=error)
         log_requests(
             [
-                Ended(request.scope["method"], UPDATE_PATH, request_id, request.started, answer.code, user)
+                Ended(request.head.method, UPDATE_PATH, request_id, request.started, answer.code, user)
                 for (request, user, *_), answer, request_id in zip(done, answers, request_ids, strict=True)
             ]
         )
