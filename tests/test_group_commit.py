@@ -147,92 +147,6 @@ async def test_what_comes_in_meanwhile_makes_the_next_batch() -> None:
         assert disk.batches == [[0], [1, 2, 3], [4, 5]]
 
 
-async def answer_batch(disk: Disk, committer: GroupCommitter[Any, Any], *, answered: int, waiting: int) -> None:
-    """Have a batch of so many items answered while so many others wait; the next commit waits until it is let on."""
-    disk.is_held = True
-    batch = [committer.submit(f"batch {number}") for number in range(answered)]
-    await disk.wait_for_commit()
-    for number in range(waiting):
-        committer.submit(f"waiting {number}")
-    disk.release()
-    await asyncio.gather(*batch)
-    await settle()
-    assert len(disk.batches[0]) == answered
-
-
-async def test_who_was_just_answered_is_waited_for() -> None:
-    """After a batch of four the next one begins as soon as all of them are back, together with who waited already."""
-    disk = Disk()
-    async with committing(disk) as committer:
-        await answer_batch(disk, committer, answered=4, waiting=2)
-        for number in range(3):
-            committer.submit(f"again {number}")
-            await settle()
-            assert disk.waiting is None
-        committer.submit("again 3")
-        await disk.wait_for_commit()
-        assert disk.batches[1:] == [["waiting 0", "waiting 1", "again 0", "again 1", "again 2", "again 3"]]
-
-
-@pytest.mark.parametrize("waiting", [0, 1, 5])
-async def test_nobody_is_waited_for_longer_than_a_moment(waiting: int) -> None:
-    """A millisecond after a batch of many the next one begins, whoever is back by then."""
-    disk = Disk()
-    async with committing(disk) as committer:
-        await answer_batch(disk, committer, answered=6, waiting=waiting)
-        await pass_time(0.0009)
-        committer.submit("again")
-        await settle()
-        assert disk.waiting is None
-        await pass_time(0.0001)
-        await disk.wait_for_commit()
-        assert disk.batches[1:] == [[*(f"waiting {number}" for number in range(waiting)), "again"]]
-
-
-async def test_a_moment_after_the_last_batch_an_item_is_committed_at_once() -> None:
-    """When nobody came back in that millisecond, whoever comes afterwards is committed without waiting."""
-    disk = Disk()
-    async with committing(disk) as committer:
-        await answer_batch(disk, committer, answered=6, waiting=0)
-        await pass_time(0.001)
-        committer.submit("later")
-        await disk.wait_for_commit()
-        assert disk.batches[1:] == [["later"]]
-
-
-@pytest.mark.parametrize("answered", [1, 2, 3])
-async def test_few_clients_are_not_waited_for(answered: int) -> None:
-    """After a batch of less than four, who waits is committed at once."""
-    disk = Disk()
-    async with committing(disk) as committer:
-        await answer_batch(disk, committer, answered=answered, waiting=1)
-        await disk.wait_for_commit()
-        assert disk.batches[1:] == [["waiting 0"]]
-
-
-async def test_a_full_batch_waits_for_nobody() -> None:
-    """As many as make a batch are committed at once, though more were answered just now."""
-    disk = Disk()
-    async with committing(disk, batch_size=5) as committer:
-        await answer_batch(disk, committer, answered=5, waiting=5)
-        await disk.wait_for_commit()
-        assert disk.batches[1:] == [[f"waiting {number}" for number in range(5)]]
-
-
-async def test_closing_waits_for_nobody_to_come_back() -> None:
-    """A committer that is closed commits who waits at once: nobody else may come."""
-    disk = Disk()
-    async with committing(disk) as committer:
-        await answer_batch(disk, committer, answered=4, waiting=1)
-        assert disk.waiting is None
-        closing = asyncio.create_task(committer.close())
-        await disk.wait_for_commit()
-        disk.is_held = False
-        disk.release()
-        await closing
-        assert disk.batches[1:] == [["waiting 0"]]
-
-
 async def test_a_full_queue_refuses_at_once_and_takes_items_again_later() -> None:
     """With the queue full an item is refused, what was taken is committed, and there is room again afterwards."""
     disk = Disk()
@@ -273,7 +187,7 @@ async def test_a_failure_of_nobody_fails_the_batch_at_once() -> None:
     async with committing(disk) as committer:
         first = committer.submit("first")
         await disk.wait_for_commit()
-        futures = [committer.submit(number) for number in range(3)]
+        futures = [committer.submit(number) for number in range(4)]
         disk.release(AwayError())
         with pytest.raises(AwayError):
             await first
@@ -281,7 +195,7 @@ async def test_a_failure_of_nobody_fails_the_batch_at_once() -> None:
         disk.is_held = False
         disk.release(AwayError())
         results = await asyncio.gather(*futures, return_exceptions=True)
-        assert [type(result) for result in results] == [AwayError] * 3
+        assert [type(result) for result in results] == [AwayError] * 4
         assert len(disk.batches) == 2
         assert await committer.submit("next") == "next done"
 
@@ -619,7 +533,7 @@ async def test_no_commit_can_keep_the_loop_from_ending() -> None:
 class CommitterMachine(RuleBasedStateMachine):
     """Any order of submissions, failures, cancellations, delays and closing keeps every obligation."""
 
-    QUEUE, BATCH = 8, 5
+    QUEUE, BATCH = 5, 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -642,7 +556,6 @@ class CommitterMachine(RuleBasedStateMachine):
         self.expired_waiting: set[str] = set()
         self.is_closed = False
         self.closing: asyncio.Task[None] | None = None
-        self.gathers_until = 0.0
         self.run(self._start())
 
     async def _start(self) -> None:
@@ -703,7 +616,6 @@ class CommitterMachine(RuleBasedStateMachine):
         if failure is AwayError:
             self.away |= unanswered
         self.disk.release(failure() if failure is not None else None)
-        self.gathers_until = self.loop.now + 0.001
         self.run()
         if failure is AwayError:
             assert all(type(self.futures[name].exception()) is AwayError for name in unanswered)
@@ -716,13 +628,11 @@ class CommitterMachine(RuleBasedStateMachine):
         self.futures[name].cancel()
         self.run()
 
-    @rule(seconds=st.sampled_from([0.0005, 0.001, 1, TIMEOUT_SECONDS // 2, TIMEOUT_SECONDS - 1, TIMEOUT_SECONDS]))
-    def pass_time(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([1, TIMEOUT_SECONDS // 2, TIMEOUT_SECONDS - 1, TIMEOUT_SECONDS]))
+    def pass_time(self, seconds: int) -> None:
         """Let time pass; what still waits when its time is up must never be committed."""
         now = self.loop.now + seconds
         self.expired_waiting |= {name for name in self.names_waiting() if self.deadlines[name] <= now}
-        if self.disk.waiting is not None:
-            self.gathers_until = now + 0.001  # where the commit's time is up
         self.run(pass_time(seconds))
 
     @rule()
@@ -743,10 +653,9 @@ class CommitterMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
-        """Who has no answer yet waits for a commit under way, or a moment for company, and has time left."""
+        """Who has no answer yet waits for a commit under way, and has time left."""
         unanswered = [name for name, future in self.futures.items() if not future.done()]
-        is_gathering = self.loop.now < self.gathers_until and not self.is_closed
-        assert not unanswered or self.disk.waiting is not None or is_gathering
+        assert not unanswered or self.disk.waiting is not None
         assert all(self.deadlines[name] > self.loop.now for name in unanswered)
 
     @invariant()

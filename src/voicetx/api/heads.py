@@ -2,7 +2,7 @@
 
 A dialer sends the same head with every update, but for the length of the body. `voicetx.http_protocol` has the parser
 read a head once; where the same bytes come again, they say the same again, and the parser is not asked. Source:
-docs/decisions/0019-known-heads.md.
+docs/decisions/0018-known-heads.md.
 """
 
 import hashlib
