@@ -274,6 +274,91 @@ async def test_who_is_owed_an_answer_gets_it_at_the_end(
         assert await reader.read() == b""
 
 
+async def test_what_came_behind_it_is_answered_at_the_end(
+    served: tuple[Any, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that is told to stop also answers what was sent behind the update in hand, and closes after that."""
+    async with in_hand(served, monkeypatch) as (reader, writer, going_on):
+        [protocol] = [each for each in find_protocols() if each._in_hand is not None]
+        writer.write(HEALTH)
+        while not protocol._unread:
+            await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(served[0].state.services.leaving, "set", lambda: None)  # others are still served here
+            protocol.shutdown()
+            going_on.set()
+            assert (await read_answer(reader))[2] == {"transaction-id": "tx-1"}
+            _, headers, content = await read_answer(reader)
+        assert (content, headers["connection"]) == (HEALTHY, "close")
+        assert await reader.read() == b""
+
+
+async def test_what_was_declined_and_came_behind_it_is_answered_at_the_end(
+    served: tuple[Any, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is where the update in hand turns out to be refused."""
+    _, address, key = served
+    body = encode(make_body("tx-1"))
+    message = put(key, body, "x-test: declined")
+    await ask(address, message, 2)
+    earlier = find_protocols()
+    async with connection(address) as (reader, writer):
+        writer.write(message)
+        await read_answer(reader)
+        [protocol] = [each for each in find_protocols() if each not in earlier]
+        protocol.data_received(message.removesuffix(body) + b"[".ljust(len(body)))
+        protocol.data_received(HEALTH)
+        with monkeypatch.context() as patch:
+            patch.setattr(served[0].state.services.leaving, "set", lambda: None)
+            protocol.shutdown()
+            assert (await read_answer(reader))[2]["code"] == 1001
+            _, headers, content = await read_answer(reader)
+        assert (content, headers["connection"]) == (HEALTHY, "close")
+        assert await reader.read() == b""
+
+
+async def test_a_connection_of_known_heads_is_not_taken_for_a_slow_one(
+    served: tuple[Any, str, str], parsed: list[bytes]
+) -> None:
+    """Who sends half a head at the moment of the watch's look has as long for the rest as on any other connection."""
+    _, address, key = served
+    message = put(key, encode(make_body("tx-1")), "x-test: watched")
+    await ask(address, message, 2)
+    parsed.clear()
+    earlier = find_protocols()
+    async with connection(address) as (reader, writer):
+        writer.write(message)
+        await read_answer(reader)
+        [protocol] = [each for each in find_protocols() if each not in earlier]
+        assert parsed == []
+        writer.write(message[:40])
+        while not parsed:
+            await asyncio.sleep(0)
+        protocol._hang_up_on_the_slow()
+        writer.write(message[40:])
+        assert (await read_answer(reader))[0] == 200
+        writer.write(message[:40])
+        while len(parsed) < 3:
+            await asyncio.sleep(0)
+        for _ in range(2):
+            protocol._hang_up_on_the_slow()
+        assert await reader.read() == b""
+
+
+async def test_blank_lines_between_known_heads_do_not_add_up(served: tuple[Any, str, str], parsed: list[bytes]) -> None:
+    """Blank lines after each message are forgiven after a known one as after any other."""
+    _, address, key = served
+    message = put(key, encode(make_body("tx-1")), "x-test: blank lines")
+    async with connection(address) as (reader, writer):
+        for _ in range(12):
+            writer.write(message)
+            assert (await read_answer(reader))[0] == 200
+            parsed.clear()
+            writer.write(b"\r\n" * 3000)
+            while sum(map(len, parsed)) < 6000:
+                await asyncio.sleep(0)
+
+
 HEAD = Head("PUT", b"digest", None)
 
 
@@ -287,7 +372,7 @@ def test_what_is_not_one_message_is_not_known() -> None:
         assert heads.read(message + other) is None
     assert heads.read(b"GET" + message[3:] + b"body") is None
     assert heads.read(b"") is None
-    for body, length in [(b"", 0), (b"4\r\nbody\r\n0\r\n\r\n", 4), (b"bodyPUT / HTTP/1.1", 4), (b"\r\n\r\n", 0)]:
+    for body, length in [(b"4\r\nbody\r\n0\r\n\r\n", 4), (b"bodyPUT / HTTP/1.1", 4), (b"\r\n\r\n", 0)]:
         heads = KnownHeads()
         heads.learn(message + body, HEAD, length)
         assert heads.read(message + body) is None

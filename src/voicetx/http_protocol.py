@@ -47,6 +47,9 @@ _FILES_FOR_OTHERS = 128  # of those that the process may open, beside its connec
 # Where fields go that follow a body: no field of the head is meant by them (RFC 9110, section 6.5.1).
 _NOWHERE: Any = deque(maxlen=0)
 
+# Stands for a request that the parser was not asked about, where the last request seen is remembered.
+_ANOTHER: Any = object()
+
 _MALFORMED = answer_refusal(Rejected(Refusal.MALFORMED_REQUEST))
 _HEAD_TOO_LARGE = answer_refusal(Rejected(Refusal.HEAD_TOO_LARGE))
 _DEFECT = answer_refusal(Rejected(Refusal.INTERNAL))
@@ -82,6 +85,7 @@ class ContractProtocol(HttpToolsProtocol):
     _held: tuple[RequestResponseCycle, Any] | None = None
     _patience: TimerHandle | None = None
     _is_leaving = False
+    _is_stopping = False  # told to stop while a request was in hand
     _is_amid_request = False  # the parser has begun one, and not ended it
     _message = b""  # what is being parsed, where it began between two requests
     _in_hand: bytes | None = None  # a request that the parser was not asked about, on its way
@@ -124,7 +128,8 @@ class ContractProtocol(HttpToolsProtocol):
         if known is None:
             return False
         self._unset_keepalive_if_required()
-        self._cycle_seen = None
+        self._cycle_seen = _ANOTHER
+        self._unsettled_bytes = len(message)
         self._in_hand = message
         short_way.offer(*known, answer=self._answer_known, decline=self._parse_in_hand)
         return True
@@ -132,12 +137,19 @@ class ContractProtocol(HttpToolsProtocol):
     def _answer_known(self, answer: Answer, request_id: bytes) -> None:
         if self._in_hand is not None:
             self._in_hand = None
-            self._write_answer(answer, request_id, keep_alive=not self._is_leaving)
+            is_last = self._is_stopping and not self._unread
+            self._write_answer(answer, request_id, keep_alive=not is_last)
+            if self._is_stopping and not is_last:
+                self.shutdown()
 
     def _parse_in_hand(self) -> None:
         if self._in_hand is not None:
             message, self._in_hand = self._in_hand, None
             self._parse(message)
+            if self._unread:
+                self._read_on()
+            if self._is_stopping:
+                self.shutdown()
 
     def _read_on(self) -> None:
         """Parse what is unread, up to where requests wait for those before them."""
@@ -261,7 +273,7 @@ class ContractProtocol(HttpToolsProtocol):
         if (services := self.app_state.get("services")) is not None:
             services.leaving.set()
         if self._in_hand is not None:
-            self._is_leaving = True
+            self._is_stopping = True  # again, once that is answered and what came behind it is read
         elif not self._owes_an_answer():
             self._is_leaving = True
             self.loop.call_later(_LAST_REQUEST_SECONDS, self._leave)

@@ -56,11 +56,11 @@ class KnownHeads:
         Not where more than head and body was sent, as in chunks: the head does not say then how long the message is.
         """
         end = message.find(_END) + len(_END)
-        if body_bytes == 0 or end + body_bytes != len(message):
+        if end + body_bytes != len(message):
             return
-        if len(self._known) >= _HEADS_MOST:
-            del self._known[next(iter(self._known))]
         self._known[_digest(message[:end])] = head, body_bytes
+        if len(self._known) > _HEADS_MOST:
+            del self._known[next(iter(self._known))]
 
 
 def _digest(head: bytes) -> bytes:
