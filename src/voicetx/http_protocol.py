@@ -3,7 +3,8 @@
 The short way: an update whose body is whole, whose dialer is known and whose throttle need not be asked elsewhere goes
 from the parser to the committer, and its answer from there to the socket, without a task, without ASGI and without
 FastAPI: those cost more than all the rest (docs/decisions/0011-short-way.md). Whatever is not such an update goes the
-way of every request, where the same steps are taken one after the other; nothing was done for it before.
+way of every request, where the same steps are taken one after the other; nothing was done for it before. An update
+whose head was read before, to the last byte, is not parsed again (`voicetx.api.heads`).
 
 What no HTTP parser takes is refused in the contract's shape, once all that was asked before it on the connection is
 answered; a method that the parser has never heard of is not supported, as any other (405). Nobody gets more memory or

@@ -19,7 +19,7 @@ _END = b"\r\n\r\n"
 
 
 class Head(NamedTuple):
-    """What the head of a request to the update path says; the credential as its digest, and where it bears one."""
+    """What the head of a request to the update path says; of the credential that it bears, if any, the digest."""
 
     method: str
     credential_digest: bytes | None
