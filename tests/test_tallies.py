@@ -181,6 +181,19 @@ async def test_two_processes_that_record_the_same_transactions_count_each_once(d
     assert counts[Measure.SENDER, USERS[0].hex] == 40 * len(IDS)
 
 
+async def test_a_fold_that_comes_late_takes_no_changes_but_those_it_counted(store: Store) -> None:
+    """Changes that came in after another process had folded those counted here stay for the next fold."""
+    await record(store, [make_body("tx-1")], USERS[0], 60_000)
+    late = await store.read(tallies.read_changes)
+    counts = tallies.count_changes(late)
+    while await fold(store):
+        pass
+    await record(store, [make_body("tx-2", drop_code="1002")], USERS[1], 120_000)
+    with pytest.raises(tallies.ChangesTaken):
+        await store.write(lambda connection: tallies.fold(connection, list(map(tuple, late.rows)), counts))
+    await check(store)
+
+
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_keys_that_are_erased_under_an_update_are_counted_right(
     database_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
@@ -261,7 +274,7 @@ async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(postgre
     async with store._database._engine.connect() as folding:
         changes = await folding.run_sync(tallies.read_changes)
         counts = tallies.count_changes(changes)
-        await folding.run_sync(lambda connection: tallies.fold(connection, changes.ids, counts))
+        await folding.run_sync(lambda connection: tallies.fold(connection, changes.rows, counts))
         purging = asyncio.create_task(retention.purge(store, 2**60, advance=lambda _: None))
         while not await store.read(is_anybody_waiting):
             assert not purging.done()

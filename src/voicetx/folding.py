@@ -19,11 +19,11 @@ async def fold(store: Store) -> bool:
     Raises as `Store` does.
     """
     changes = await store.read(tallies.read_changes)
-    if not changes.ids:
+    if not changes.rows:
         return False
     counts = await asyncio.to_thread(tallies.count_changes, changes)
     try:
-        await store.write_beside(partial(tallies.fold, ids=changes.ids, counts=counts))
+        await store.write_beside(partial(tallies.fold, rows=list(map(tuple, changes.rows)), counts=counts))
     except ChangesTaken:
         return False
     return changes.is_more

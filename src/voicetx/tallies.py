@@ -141,9 +141,8 @@ _ADD_ROW = f"INSERT INTO tally (deployment_id, measure, item, count) VALUES (?, 
 
 
 class Changes(NamedTuple):
-    """Changes that are not folded yet: their ids and rows, and whether there are more."""
+    """Changes that are not folded yet: their rows, and whether there are more."""
 
-    ids: Sequence[int]
     rows: Sequence[Any]
     is_more: bool
 
@@ -163,8 +162,13 @@ def read_changes(connection: Connection) -> Changes:
     characters = accumulate(row.characters for row in found)
     most = sum(1 for total in characters if total <= _CHARACTERS_AT_ONCE)
     ids = [row.change_id for row in found[: min(max(1, most), _CHANGES_AT_ONCE)]]
-    rows = connection.execute(select(tally_change).where(columns.change_id.in_(ids))).all() if ids else []
-    return Changes([row.change_id for row in rows], rows, is_more=len(ids) < len(found))
+    return Changes(_read_rows(connection, ids) if ids else [], is_more=len(ids) < len(found))
+
+
+def _read_rows(connection: Connection, ids: Sequence[int]) -> Sequence[Any]:
+    return connection.execute(
+        select(tally_change).where(tally_change.c.change_id.in_(ids)).order_by(tally_change.c.change_id)
+    ).all()
 
 
 def count_changes(changes: Changes) -> dict[str, Counts]:
@@ -172,12 +176,15 @@ def count_changes(changes: Changes) -> dict[str, Counts]:
     return {deployment_id: _count_rows(rows) for deployment_id, rows in sorted(_group(changes.rows).items())}
 
 
-def fold(connection: Connection, ids: Sequence[int], counts: Mapping[str, Counts]) -> None:
+def fold(connection: Connection, rows: Sequence[Sequence[Any]], counts: Mapping[str, Counts]) -> None:
     """Put into the tallies what these changes add to them; raises `ChangesTaken`, and then does nothing."""
+    ids = [change_id for change_id, *_ in rows]
     if connection.dialect.name == "postgresql":
         is_ours = connection.execute(select(func.pg_try_advisory_xact_lock(_FOLDING))).scalar_one()
         if not is_ours:
             raise ChangesTaken
+    elif list(map(tuple, _read_rows(connection, ids))) != rows:
+        raise ChangesTaken  # SQLite gives the ids of a table that was emptied again
     if connection.execute(delete(tally_change).where(tally_change.c.change_id.in_(ids))).rowcount < len(ids):
         raise ChangesTaken
     for deployment_id, added in counts.items():
