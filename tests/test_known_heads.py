@@ -1,6 +1,7 @@
 """Heads that were read before: an update is the same to the service whether or not the parser was asked about it."""
 
 import asyncio
+import gc
 import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -161,7 +162,7 @@ async def test_what_comes_meanwhile_is_answered_afterwards(
     async with in_hand(served, monkeypatch) as (reader, writer, going_on):
         writer.write(HEALTH)
         await writer.drain()
-        [protocol] = [each for each in find_protocols() if each._in_hand is not None]
+        protocol = find_in_hand()
         while not protocol._unread:
             await asyncio.sleep(0)
         writer.write(put(key, b"{") + HEALTH[:9])
@@ -238,9 +239,13 @@ async def test_the_last_request_of_a_connection_is_its_last(served: tuple[Any, s
 
 def find_protocols() -> list[ContractProtocol]:
     """Return the connections of this process's servers."""
-    import gc  # noqa: PLC0415 - of this alone
-
     return [found for found in gc.get_objects() if isinstance(found, ContractProtocol)]
+
+
+def find_in_hand() -> ContractProtocol:
+    """Return the one connection that has an update in hand."""
+    [protocol] = [each for each in find_protocols() if each._in_hand is not None]
+    return protocol
 
 
 async def test_who_hangs_up_takes_nothing_away(
@@ -248,7 +253,7 @@ async def test_who_hangs_up_takes_nothing_away(
 ) -> None:
     """An update whose dialer hangs up before the answer is recorded, and nothing goes wrong."""
     async with in_hand(served, monkeypatch) as (_, writer, going_on):
-        [protocol] = [each for each in find_protocols() if each._in_hand is not None]
+        protocol = find_in_hand()
         assert protocol.timeout_keep_alive_task is None
         writer.transport.abort()
         while protocol in protocol.connections:
@@ -264,7 +269,7 @@ async def test_who_is_owed_an_answer_gets_it_at_the_end(
 ) -> None:
     """A service that is told to stop answers the update that it has in hand, and then closes the connection."""
     async with in_hand(served, monkeypatch) as (reader, _, going_on):
-        [protocol] = [each for each in find_protocols() if each._in_hand is not None]
+        protocol = find_in_hand()
         with monkeypatch.context() as patch:
             patch.setattr(served[0].state.services.leaving, "set", lambda: None)  # others are still served here
             protocol.shutdown()
@@ -279,7 +284,7 @@ async def test_what_came_behind_it_is_answered_at_the_end(
 ) -> None:
     """A service that is told to stop also answers what was sent behind the update in hand, and closes after that."""
     async with in_hand(served, monkeypatch) as (reader, writer, going_on):
-        [protocol] = [each for each in find_protocols() if each._in_hand is not None]
+        protocol = find_in_hand()
         writer.write(HEALTH)
         while not protocol._unread:
             await asyncio.sleep(0)

@@ -177,13 +177,16 @@ def count_changes(changes: Changes) -> dict[str, Counts]:
 
 
 def fold(connection: Connection, rows: Sequence[Sequence[Any]], counts: Mapping[str, Counts]) -> None:
-    """Put into the tallies what these changes add to them; raises `ChangesTaken`, and then does nothing."""
+    """Put into the tallies what changes, as they were read, add to them.
+
+    Raises `ChangesTaken`, and then does nothing.
+    """
     ids = [change_id for change_id, *_ in rows]
     if connection.dialect.name == "postgresql":
         is_ours = connection.execute(select(func.pg_try_advisory_xact_lock(_FOLDING))).scalar_one()
         if not is_ours:
             raise ChangesTaken
-    elif list(map(tuple, _read_rows(connection, ids))) != rows:
+    elif _read_rows(connection, ids) != rows:
         raise ChangesTaken  # SQLite gives the ids of a table that was emptied again
     if connection.execute(delete(tally_change).where(tally_change.c.change_id.in_(ids))).rowcount < len(ids):
         raise ChangesTaken
