@@ -4,6 +4,7 @@ Called by `voicetx.api.updates` with an update that kept every rule, from a call
 Source: docs/contract.md, section 5.
 """
 
+import asyncio
 import time
 from asyncio import Future
 from collections import Counter
@@ -23,6 +24,7 @@ from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFul
 from voicetx.merge import apply
 from voicetx.settings import Settings, UnknownTransactions
 from voicetx.store import (
+    Batch,
     Change,
     Found,
     Received,
@@ -128,26 +130,31 @@ class Recorder:
         started = time.perf_counter()
         try:
             committed = await self._store.write_in_steps(
-                partial(commit_batch, batch=batch, registers_unknown=self._registers_unknown)
+                partial(commit_batch, batch=Batch(batch), registers_unknown=self._registers_unknown)
             )
         except Exception:
             metrics.FAILED_COMMITS.inc()
             raise
         metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
-        senders = [received.api_key_id for received in batch]
-        for (api_key_id, outcome), times in Counter(zip(senders, committed.outcomes, strict=True)).items():
-            _OUTCOMES[outcome].inc(times)
-            if outcome is not Outcome.UNKNOWN:  # a refusal, which is counted by its code
-                activity.count(api_key_id, outcome.value, times)
-        if Outcome.REPEATED in committed.outcomes:
-            for received, outcome in zip(batch, committed.outcomes, strict=True):
-                if outcome is Outcome.REPEATED:
-                    activity.count_repeat(received.update.transaction_id, received.update.digest)
-        for api_key_id, times in committed.stale.items():
-            metrics.STALE.inc(times)
-            activity.count(api_key_id, "stale", times)
-        metrics.INCONSISTENT.inc(committed.inconsistent)
+        # Before anybody is answered, but once the next batch is on its way: the database does not wait for it.
+        asyncio.get_running_loop().call_soon(_count, batch, committed)
         return committed.outcomes
+
+
+def _count(batch: Sequence[Received], committed: Committed) -> None:
+    senders = [received.api_key_id for received in batch]
+    for (api_key_id, outcome), times in Counter(zip(senders, committed.outcomes, strict=True)).items():
+        _OUTCOMES[outcome].inc(times)
+        if outcome is not Outcome.UNKNOWN:  # a refusal, which is counted by its code
+            activity.count(api_key_id, outcome.value, times)
+    if Outcome.REPEATED in committed.outcomes:
+        for received, outcome in zip(batch, committed.outcomes, strict=True):
+            if outcome is Outcome.REPEATED:
+                activity.count_repeat(received.update.transaction_id, received.update.digest)
+    for api_key_id, times in committed.stale.items():
+        metrics.STALE.inc(times)
+        activity.count(api_key_id, "stale", times)
+    metrics.INCONSISTENT.inc(committed.inconsistent)
 
 
 def commit_batch(connection: Connection, batch: Sequence[Received], *, registers_unknown: bool = False) -> Committed:
