@@ -1,6 +1,7 @@
 """Recording on a real database: an acknowledged update is there, whatever else went wrong around it."""
 
 import asyncio
+import pickle
 import time
 from collections.abc import AsyncIterator, Sequence
 from itertools import pairwise
@@ -21,7 +22,7 @@ from voicetx.recording import Outcome, Recorder, commit_batch
 from voicetx.reports import TransactionReport, report_transaction
 from voicetx.schema import voice_update
 from voicetx.settings import Settings
-from voicetx.store import Received, Store, StoreUnavailable, ValueRefused, look_up
+from voicetx.store import Batch, Received, Store, StoreUnavailable, ValueRefused, look_up
 
 pytestmark = pytest.mark.anyio
 
@@ -199,6 +200,31 @@ async def test_a_value_that_the_database_refuses_fails_alone(store: Store) -> No
     assert isinstance(results[7], ValueRefused)
     assert [result for number, result in enumerate(results) if number != 7] == [Outcome.RECORDED] * 19
     assert (await show(store, "tx-7")).updates == 0
+
+
+async def test_a_rule_of_the_database_itself_refuses_a_value(store: Store) -> None:
+    """What breaks a rule that somebody gave the database is refused as a value, so that no retry is suggested."""
+    rule = _RULE_OF_SQLITE if store.is_embedded else _RULE_OF_POSTGRESQL
+    await store.write(lambda connection: connection.execute(text(rule)).close())
+    assert await record(store, make_body("tx-1", message="good")) == ["recorded"]
+    with pytest.raises(ValueRefused):
+        await record(store, make_body("tx-2", message="good"), make_body("tx-1", message="forbidden"))
+    # On both databases a batch is recorded whole or not at all.
+    assert [(await show(store, name)).updates for name in ("tx-1", "tx-2")] == [1, 0]
+
+
+_RULE_OF_POSTGRESQL = "ALTER TABLE voice_update ADD CHECK (body NOT LIKE '%forbidden%')"
+_RULE_OF_SQLITE = (
+    "CREATE TRIGGER rule BEFORE INSERT ON voice_update WHEN new.body LIKE '%forbidden%'"
+    " BEGIN SELECT RAISE(ABORT, 'not here'); END"
+)
+
+
+def test_a_batch_is_the_same_in_the_process_that_writes() -> None:
+    """What a batch is pickled as makes an equal one, down to the kinds of its parts."""
+    first, second = receive(make_body("tx-1"), make_body("tx-2", message="\u00e9 \U0001f4de"))
+    batch = Batch([first, second._replace(api_key_id=uuid4(), received_at_ms=0)])
+    assert repr(pickle.loads(pickle.dumps(batch))) == repr(batch)
 
 
 async def test_poison_is_answered_500_without_retry_after(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
