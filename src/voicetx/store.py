@@ -538,9 +538,10 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     for row in _fetch(connection, _LOOK_UP_TRANSACTIONS, ids):
         found[row[0]] = Found(_to_transaction(row), row[1], set())
     # Of a short history those that nobody asked about are of no harm.
-    short = sorted(name for name, (transaction, *_) in found.items() if transaction.updates <= _SHORT_HISTORY)
-    digests = list(_fetch(connection, _LOOK_UP_DIGESTS, (orjson.dumps(short).decode(),)))
-    for name in found.keys() - short:
+    reported = {name: found[name].transaction.updates for name in sorted(found) if found[name].transaction.updates}
+    short = [name for name, times in reported.items() if times <= _SHORT_HISTORY]
+    digests = list(_fetch(connection, _LOOK_UP_DIGESTS, (orjson.dumps(short).decode(),))) if short else []
+    for name in reported.keys() - short:
         for digest in updates[name]:
             digests += _fetch(connection, _LOOK_UP_DIGEST, (name, digest))
     for transaction_id, digest in digests:
@@ -757,7 +758,8 @@ def _unpack(parameter: str, name: str, types: Mapping[str, str]) -> str:
 _LOOK_UP = (
     # One array, for SQLAlchemy looks at each column of each result anew.
     f"SELECT {', '.join(f't.{name}' for name in _SEEN)}, ARRAY[{', '.join(f't.{name}' for name in FIELD_NAMES)}],"  # noqa: S608
-    " (SELECT h.digest FROM voice_update AS h WHERE h.transaction_id = sent.key AND h.digest = sent.digest)"
+    " CASE WHEN t.updates > 0 THEN"  # a call's first update has no history to look through
+    " (SELECT h.digest FROM voice_update AS h WHERE h.transaction_id = sent.key AND h.digest = sent.digest) END"
     " FROM unnest($1::text[], $2::bytea[]) AS sent (key, digest)"
     " JOIN voice_transaction AS t ON t.transaction_id = sent.key"
 )

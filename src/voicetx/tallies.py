@@ -99,13 +99,13 @@ def change(
 
 def head(sent: Sent) -> str:
     """Return an update as lines tell it; as the heading of lines it stands for all that are like it."""
-    return _head(sent.api_key_id, sent.received_at_ms // _MINUTE_MS)
+    return _head(sent.api_key_id.int, sent.received_at_ms // _MINUTE_MS)
 
 
 @lru_cache(maxsize=1024)
-def _head(api_key_id: UUID, minute: int) -> str:
-    # Most updates of a minute come from a few dialers.
-    return f"{api_key_id.hex}.{minute}"
+def _head(api_key_number: int, minute: int) -> str:
+    # Most updates of a minute come from a few dialers. By number, for a UUID takes longer to find than this to make.
+    return f"{api_key_number:032x}.{minute}"
 
 
 def note(
