@@ -327,6 +327,6 @@ async def test_rows_are_looked_up_by_key_whatever_the_statistics_say(store: Stor
         " FROM pg_stat_user_indexes WHERE indexrelname = 'pk_voice_update'"
     )
     looked_up, read, scanned = await store.read(lambda connection: connection.execute(statistics).one())
-    assert looked_up >= 60 * 100
+    assert looked_up == 59 * 100  # the first update of a call finds no history
     assert read <= looked_up
     assert scanned == 0
