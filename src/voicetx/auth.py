@@ -82,11 +82,13 @@ class _Found:
 
 
 class Authenticator:
-    """Tells who a credential belongs to, asking the database at most every `credential_cache_seconds` for each.
+    """Tells who a credential belongs to, and believes the database for `credential_cache_seconds`.
 
-    So a revocation takes effect in every process within that time. Failed sign-ins are counted by client address and
-    refused past a limit; credentials that were seen to be good are exempt, so that one misconfigured dialer does not
-    lock out its neighbours behind the same address.
+    So a revocation takes effect in every process within that time. Where a credential is used towards its end, the
+    database is asked again meanwhile, so that those who send all the time never wait for it together.
+
+    Failed sign-ins are counted by client address and refused past a limit; credentials that were seen to be good are
+    exempt, so that one misconfigured dialer does not lock out its neighbours behind the same address.
     """
 
     def __init__(self, store: Store, settings: Settings, throttle: "Throttle") -> None:
@@ -99,11 +101,9 @@ class Authenticator:
         self._lookups: dict[bytes, asyncio.Task[_Found | None]] = {}
 
     def recall(self, credential_digest: bytes) -> ApiUser | None:
-        """Return the user of a credential that was looked up a moment ago, or None; asks nobody."""
-        found = self._found.get(credential_digest)
-        if found is None or found.believed_until <= time.monotonic() or _has_expired(found):
-            return None
-        return found.user
+        """Return the user of a credential that was looked up a moment ago, or None; waits for nobody."""
+        found = self._find_believed(credential_digest)
+        return found.user if found is not None and not _has_expired(found) else None
 
     async def authenticate(self, authorization: bytes | None, address: str) -> ApiUser:
         """Return the API user whose secret key or access token the `authorization` header bears.
@@ -179,21 +179,36 @@ class Authenticator:
 
     async def _find(self, credential: bytes, address: str) -> _Found:
         digest = hashlib.sha256(credential).digest()
-        known = self._found.get(digest)
-        if known is not None and known.believed_until > time.monotonic():
+        known = self._find_believed(digest)
+        if known is not None:
             return known
-        if known is None:
+        if digest not in self._found:
             self._throttle.check_sign_in(address)
-        lookup = self._lookups.get(digest)
-        if lookup is None:
-            lookup = asyncio.create_task(self._look_up(digest, is_token=credential.startswith(TOKEN_PREFIX.encode())))
-            self._lookups[digest] = lookup
-            lookup.add_done_callback(lambda done: self._forget_lookup(digest, done))
+        lookup = self._share_lookup(digest, is_token=credential.startswith(TOKEN_PREFIX.encode()))
         # Shielded: callers share it, and one that hangs up must not take it away from the others.
         found = await asyncio.shield(lookup)
         if found is None:
             await self._fail(address)
         return found
+
+    def _find_believed(self, digest: bytes) -> _Found | None:
+        found = self._found.get(digest)
+        if found is None:
+            return None
+        left_seconds = found.believed_until - time.monotonic()
+        if left_seconds <= 0:
+            return None
+        if left_seconds < self._believe_seconds / 4:
+            self._share_lookup(digest, is_token=found.expires_at_ms is not None)
+        return found
+
+    def _share_lookup(self, digest: bytes, *, is_token: bool) -> "asyncio.Task[_Found | None]":
+        lookup = self._lookups.get(digest)
+        if lookup is None:
+            lookup = asyncio.create_task(self._look_up(digest, is_token=is_token))
+            self._lookups[digest] = lookup
+            lookup.add_done_callback(lambda done: self._forget_lookup(digest, done))
+        return lookup
 
     async def _look_up(self, digest: bytes, *, is_token: bool) -> _Found | None:
         asked_at = time.monotonic()

@@ -1,0 +1,120 @@
+"""What is believed of a credential, and how long: the authenticator on a real database, with a clock of the test's."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from voicetx import auth
+from voicetx.auth import ApiUser, Authenticator, Grant
+from voicetx.errors import Rejected
+from voicetx.settings import Settings
+from voicetx.store import Store, StoreUnavailable
+from voicetx.throttle import Throttle
+
+pytestmark = pytest.mark.anyio
+
+BELIEVED_SECONDS = 2.0
+
+
+@dataclass
+class Gate:
+    """An authenticator at work, its store, an API user with a secret key, and the time."""
+
+    store: Store
+    authenticator: Authenticator
+    user: ApiUser
+    key: str
+    now: float = 1000.0
+
+    def recall(self) -> ApiUser | None:
+        """Say who the key belongs to, without waiting."""
+        return self.authenticator.recall(hashlib.sha256(self.key.encode()).digest())
+
+    async def authenticate(self) -> ApiUser:
+        """Say who the key belongs to, waiting for the database where need be."""
+        return await self.authenticator.authenticate(f"Bearer {self.key}".encode(), "127.0.0.1")
+
+    async def await_lookups(self) -> int:
+        """Return how many look-ups were under way, once they have ended."""
+        lookups = list(self.authenticator._lookups.values())
+        await asyncio.gather(*lookups, return_exceptions=True)
+        return len(lookups)
+
+
+@pytest.fixture
+async def gate(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
+    """Return a gate that has let its user in once."""
+    settings = Settings(_env_file=None, database_url=database_url, credential_cache_seconds=BELIEVED_SECONDS)
+    store, throttle = Store(database_url), Throttle(settings)
+    user, key = await store.write(lambda connection: auth.add_user(connection, "dialer", list(Grant)))
+    gate = Gate(store, Authenticator(store, settings, throttle), user, key)
+    monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: gate.now, time_ns=auth.time.time_ns))
+    assert gate.recall() is None
+    assert (await gate.authenticate()).api_key_id == user.api_key_id
+    yield gate
+    await gate.await_lookups()
+    await throttle.close()
+    await store.close()
+
+
+async def test_who_sends_all_the_time_never_waits_to_be_looked_up(gate: Gate) -> None:
+    """Towards the end of the time for which a credential is believed it is looked up anew, and believed meanwhile."""
+    lookups = 0
+    for _ in range(100):
+        gate.now += 0.1
+        assert gate.recall() is not None
+        lookups += await gate.await_lookups()
+    # One in each one and a half to two seconds.
+    assert 5 <= lookups <= 7
+
+
+async def test_several_calls_share_the_look_up(gate: Gate) -> None:
+    """However many calls come while a credential is looked up anew, it is looked up once."""
+    gate.now += BELIEVED_SECONDS - 0.1
+    assert all(gate.recall() is not None for _ in range(10))
+    await gate.authenticate()
+    assert await gate.await_lookups() == 1
+
+
+async def test_who_does_not_send_is_not_looked_up(gate: Gate) -> None:
+    """A credential that is not used towards its end is forgotten, as is one that is used before and not then."""
+    gate.now += BELIEVED_SECONDS / 2
+    assert gate.recall() is not None
+    assert await gate.await_lookups() == 0
+    gate.now += BELIEVED_SECONDS / 2
+    assert gate.recall() is None
+    assert await gate.await_lookups() == 0
+
+
+async def test_a_revoked_key_is_believed_no_longer_than_the_setting_says(gate: Gate) -> None:
+    """A revocation takes effect with the look-up that finds it, and without one when the time is over."""
+    await gate.store.write(lambda connection: auth.delete_user(connection, gate.user))
+    gate.now += BELIEVED_SECONDS - 0.1
+    assert gate.recall() is not None
+    assert await gate.await_lookups() == 1
+    assert gate.recall() is None
+    with pytest.raises(Rejected):
+        await gate.authenticate()
+
+
+async def test_a_database_that_is_away_extends_nothing(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a credential cannot be looked up anew, it is believed as long as before and not longer."""
+
+    async def fail(_work: Any) -> None:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(gate.store, "read", fail)
+    gate.now += BELIEVED_SECONDS - 0.1
+    assert gate.recall() is not None
+    assert await gate.await_lookups() == 1
+    assert gate.recall() is not None
+    await gate.await_lookups()
+    gate.now += 0.1
+    assert gate.recall() is None
+    with pytest.raises(StoreUnavailable):
+        await gate.authenticate()
