@@ -538,8 +538,8 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     for row in _fetch(connection, _LOOK_UP_TRANSACTIONS, ids):
         found[row[0]] = Found(_to_transaction(row), row[1], set())
     # Of a short history those that nobody asked about are of no harm.
-    reported = {name: found[name].transaction.updates for name in sorted(found) if found[name].transaction.updates}
-    short = [name for name, times in reported.items() if times <= _SHORT_HISTORY]
+    reported = {name: transaction.updates for name, (transaction, *_) in found.items() if transaction.updates}
+    short = sorted(name for name, times in reported.items() if times <= _SHORT_HISTORY)
     digests = list(_fetch(connection, _LOOK_UP_DIGESTS, (orjson.dumps(short).decode(),))) if short else []
     for name in reported.keys() - short:
         for digest in updates[name]:
