@@ -118,3 +118,36 @@ async def test_a_database_that_is_away_extends_nothing(gate: Gate, monkeypatch: 
     assert gate.recall() is None
     with pytest.raises(StoreUnavailable):
         await gate.authenticate()
+
+
+async def test_a_token_that_is_deleted_while_it_is_looked_up_is_not_believed(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that was closed is over, also where a look-up had found it a moment before."""
+    token = (await gate.authenticator.open_session(gate.key, "127.0.0.1")).access_token
+    gate.key = token
+    await gate.authenticate()
+    read, write = gate.store.read, gate.store.write
+    has_read, has_deleted, goes_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(work: Any) -> Any:
+        found = await read(work)
+        has_read.set()
+        await goes_on.wait()
+        return found
+
+    async def write_and_say_so(work: Any) -> None:
+        await write(work)
+        has_deleted.set()
+
+    monkeypatch.setattr(gate.store, "read", read_slowly)
+    monkeypatch.setattr(gate.store, "write", write_and_say_so)
+    gate.now += BELIEVED_SECONDS - 0.1
+    assert gate.recall() is not None
+    await has_read.wait()
+    closing = asyncio.create_task(gate.authenticator.close_session(token))
+    await has_deleted.wait()
+    goes_on.set()
+    await closing
+    await gate.await_lookups()
+    assert gate.recall() is None

@@ -145,6 +145,8 @@ class Authenticator:
             connection.execute(delete(access_token).where(access_token.c.digest == digest))
 
         await self._store.write(work)
+        if (lookup := self._lookups.get(digest)) is not None:
+            await asyncio.wait([lookup])  # it may have read the token just before
         self._found.pop(digest, None)
 
     async def _find_by_key(self, secret_key: str, address: str) -> ApiUser:
