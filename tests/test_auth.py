@@ -1,7 +1,6 @@
 """What is believed of a credential, and how long: the authenticator on a real database, with a clock of the test's."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -33,11 +32,17 @@ class Gate:
 
     def recall(self) -> ApiUser | None:
         """Say who the key belongs to, without waiting."""
-        return self.authenticator.recall(hashlib.sha256(self.key.encode()).digest())
+        digest = auth.digest_bearer(self._authorization)
+        assert digest is not None
+        return self.authenticator.recall(digest)
 
     async def authenticate(self) -> ApiUser:
         """Say who the key belongs to, waiting for the database where need be."""
-        return await self.authenticator.authenticate(f"Bearer {self.key}".encode(), "127.0.0.1")
+        return await self.authenticator.authenticate(self._authorization, "127.0.0.1")
+
+    @property
+    def _authorization(self) -> bytes:
+        return f"Bearer {self.key}".encode()
 
     async def await_lookups(self) -> int:
         """Return how many look-ups were under way, once they have ended."""
