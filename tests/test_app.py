@@ -49,7 +49,9 @@ async def running_app(database_url: str, **values: Any) -> AsyncIterator[tuple[F
 async def served_app(database_url: str, **values: Any) -> AsyncIterator[tuple[FastAPI, str, str]]:
     """Serve an application on a port and return it with its address and a secret key."""
     async with running_app(database_url, **values) as (app, _, key):
-        config = uvicorn.Config(app, port=0, http=ContractProtocol, ws="none", log_config=None, server_header=False)
+        config = uvicorn.Config(
+            app, port=0, http=ContractProtocol, ws="none", log_config=None, access_log=False, server_header=False
+        )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
         while not server.started:
