@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
 
@@ -145,6 +145,97 @@ async def test_what_comes_in_meanwhile_makes_the_next_batch() -> None:
         disk.release()
         assert await asyncio.gather(first, *others) == [f"{number} done" for number in range(6)]
         assert disk.batches == [[0], [1, 2, 3], [4, 5]]
+
+
+COMPANY_SECONDS = 0.001
+
+
+async def answer_batch(disk: Disk, committer: GroupCommitter[Any, Any], *, answered: int, waiting: int) -> None:
+    """Have a batch of so many items answered while so many others wait; the next commit waits until it is let on."""
+    disk.is_held = True
+    batch = [committer.submit(f"batch {number}") for number in range(answered)]
+    await disk.wait_for_commit()
+    for number in range(waiting):
+        committer.submit(f"waiting {number}")
+    disk.release()
+    await asyncio.gather(*batch)
+    await settle()
+    assert len(disk.batches[0]) == answered
+
+
+async def test_who_was_just_answered_is_waited_for() -> None:
+    """After a batch of four the next one begins as soon as all of them are back, together with who waited already."""
+    disk = Disk()
+    async with committing(disk, company_seconds=COMPANY_SECONDS) as committer:
+        await answer_batch(disk, committer, answered=4, waiting=2)
+        for number in range(3):
+            committer.submit(f"again {number}")
+            await settle()
+            assert disk.waiting is None
+        committer.submit("again 3")
+        await disk.wait_for_commit()
+        assert disk.batches[1:] == [["waiting 0", "waiting 1", "again 0", "again 1", "again 2", "again 3"]]
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 5])
+async def test_nobody_is_waited_for_longer_than_a_moment(waiting: int) -> None:
+    """A millisecond after a batch of many the next one begins, whoever is back by then."""
+    disk = Disk()
+    async with committing(disk, company_seconds=COMPANY_SECONDS) as committer:
+        await answer_batch(disk, committer, answered=6, waiting=waiting)
+        await pass_time(0.9 * COMPANY_SECONDS)
+        committer.submit("again")
+        await settle()
+        assert disk.waiting is None
+        await pass_time(0.1 * COMPANY_SECONDS)
+        await disk.wait_for_commit()
+        assert disk.batches[1:] == [[*(f"waiting {number}" for number in range(waiting)), "again"]]
+
+
+async def test_a_moment_after_the_last_batch_an_item_is_committed_at_once() -> None:
+    """When nobody came back in that millisecond, whoever comes afterwards is committed without waiting."""
+    disk = Disk()
+    async with committing(disk, company_seconds=COMPANY_SECONDS) as committer:
+        await answer_batch(disk, committer, answered=6, waiting=0)
+        await pass_time(COMPANY_SECONDS)
+        committer.submit("later")
+        await disk.wait_for_commit()
+        assert disk.batches[1:] == [["later"]]
+
+
+@pytest.mark.parametrize(
+    ("answered", "waiting", "options"),
+    [
+        pytest.param(1, 1, {}, id="answered alone"),
+        pytest.param(3, 1, {}, id="answered with two others"),
+        pytest.param(5, 5, {"batch_size": 5}, id="a full batch"),
+        pytest.param(40, 32, {"batch_size": 50}, id="a crowd"),
+        pytest.param(6, 1, {"company_seconds": 0}, id="company is not wanted"),
+    ],
+)
+async def test_where_there_is_nothing_to_gain_nobody_is_waited_for(
+    answered: int, waiting: int, options: dict[str, Any]
+) -> None:
+    """After few, or with a full batch or 32 that wait, or where it is not wanted, the next batch begins at once."""
+    disk = Disk()
+    async with committing(disk, **({"company_seconds": COMPANY_SECONDS} | options)) as committer:
+        await answer_batch(disk, committer, answered=answered, waiting=waiting)
+        await disk.wait_for_commit()
+        assert disk.batches[1:] == [[f"waiting {number}" for number in range(waiting)]]
+
+
+async def test_closing_waits_for_nobody_to_come_back() -> None:
+    """A committer that is closed commits who waits at once: nobody else may come."""
+    disk = Disk()
+    async with committing(disk, company_seconds=COMPANY_SECONDS) as committer:
+        await answer_batch(disk, committer, answered=4, waiting=1)
+        assert disk.waiting is None
+        closing = asyncio.create_task(committer.close())
+        await disk.wait_for_commit()
+        disk.is_held = False
+        disk.release()
+        await closing
+        assert disk.batches[1:] == [["waiting 0"]]
 
 
 async def test_a_full_queue_refuses_at_once_and_takes_items_again_later() -> None:
@@ -533,22 +624,16 @@ async def test_no_commit_can_keep_the_loop_from_ending() -> None:
 class CommitterMachine(RuleBasedStateMachine):
     """Any order of submissions, failures, cancellations, delays and closing keeps every obligation."""
 
-    QUEUE, BATCH = 5, 3
+    QUEUE, BATCH = 8, 5
 
     def __init__(self) -> None:
         super().__init__()
+        self.gathers_until = 0.0
         self.loop = ClockLoop()
         self.loop_errors: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _loop, context: self.loop_errors.append(context))
         self.disk = Disk()
         self.disk.is_held = True
-        self.committer: GroupCommitter[str, str] = GroupCommitter(
-            self.disk.commit,
-            batch_size=self.BATCH,
-            queue_size=self.QUEUE,
-            timeout_seconds=TIMEOUT_SECONDS,
-            whole_batch_errors=(AwayError,),
-        )
         self.futures: dict[str, asyncio.Future[str]] = {}
         self.answers: dict[str, int] = {}
         self.deadlines: dict[str, float] = {}
@@ -556,10 +641,24 @@ class CommitterMachine(RuleBasedStateMachine):
         self.expired_waiting: set[str] = set()
         self.is_closed = False
         self.closing: asyncio.Task[None] | None = None
-        self.run(self._start())
 
-    async def _start(self) -> None:
-        self.committer.start()
+    @initialize(company_seconds=st.sampled_from([0.0, COMPANY_SECONDS]))
+    def start(self, company_seconds: float) -> None:
+        """Start a committer that waits for company, or one that does not."""
+        self.company_seconds = company_seconds
+        self.committer: GroupCommitter[str, str] = GroupCommitter(
+            self.disk.commit,
+            batch_size=self.BATCH,
+            queue_size=self.QUEUE,
+            timeout_seconds=TIMEOUT_SECONDS,
+            company_seconds=company_seconds,
+            whole_batch_errors=(AwayError,),
+        )
+
+        async def start() -> None:
+            self.committer.start()
+
+        self.run(start())
 
     def run(self, coroutine: Any = None) -> None:
         """Run the loop until nothing more happens by itself."""
@@ -616,6 +715,7 @@ class CommitterMachine(RuleBasedStateMachine):
         if failure is AwayError:
             self.away |= unanswered
         self.disk.release(failure() if failure is not None else None)
+        self.gathers_until = self.loop.now + self.company_seconds
         self.run()
         if failure is AwayError:
             assert all(type(self.futures[name].exception()) is AwayError for name in unanswered)
@@ -628,11 +728,17 @@ class CommitterMachine(RuleBasedStateMachine):
         self.futures[name].cancel()
         self.run()
 
-    @rule(seconds=st.sampled_from([1, TIMEOUT_SECONDS // 2, TIMEOUT_SECONDS - 1, TIMEOUT_SECONDS]))
-    def pass_time(self, seconds: int) -> None:
+    @rule(
+        seconds=st.sampled_from(
+            [COMPANY_SECONDS / 2, COMPANY_SECONDS, 1, TIMEOUT_SECONDS // 2, TIMEOUT_SECONDS - 1, TIMEOUT_SECONDS]
+        )
+    )
+    def pass_time(self, seconds: float) -> None:
         """Let time pass; what still waits when its time is up must never be committed."""
         now = self.loop.now + seconds
         self.expired_waiting |= {name for name in self.names_waiting() if self.deadlines[name] <= now}
+        if self.disk.waiting is not None:
+            self.gathers_until = now + self.company_seconds  # where the commit's time is up
         self.run(pass_time(seconds))
 
     @rule()
@@ -653,9 +759,10 @@ class CommitterMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
-        """Who has no answer yet waits for a commit under way, and has time left."""
+        """Who has no answer yet waits for a commit under way, or a moment for company, and has time left."""
         unanswered = [name for name, future in self.futures.items() if not future.done()]
-        assert not unanswered or self.disk.waiting is not None
+        is_gathering = self.loop.now < self.gathers_until and not self.is_closed
+        assert not unanswered or self.disk.waiting is not None or is_gathering
         assert all(self.deadlines[name] > self.loop.now for name in unanswered)
 
     @invariant()

@@ -182,6 +182,13 @@ async def test_two_processes_on_the_same_transactions_lose_nothing(store: Store,
         assert report.fields["message"] == fold(report.transaction_id, history).fields["message"]
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+async def test_company_is_waited_for_where_processes_share_the_processors(store: Store, workers: int) -> None:
+    """Several processes before a database server wait for who was just answered; one alone and a file's do not."""
+    recorder = Recorder(store, make_settings(workers=workers))
+    assert (recorder._committer._company_seconds > 0) == (workers > 1 and not store.is_embedded)
+
+
 def poison(received: Received) -> Received:
     """Return an update that the database refuses: as if validation had let something through."""
     return received._replace(received_at_ms=2**70)

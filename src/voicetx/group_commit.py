@@ -13,6 +13,9 @@ from typing import Generic, NamedTuple, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_COMPANY = 4  # answered together: those are busy clients, who send again at once
+_CROWD = 32  # what a batch costs whatever its size is little for each of so many
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,8 +43,11 @@ class _Entry(NamedTuple, Generic[Item, Result]):
 class GroupCommitter(Generic[Item, Result]):
     """Commits items in batches, one batch at a time.
 
-    - While a batch is committed, what comes in waits and makes the next batch, of at most `batch_size`; there is no
-      timer, so an idle committer commits a single item at once.
+    - While a batch is committed, what comes in waits and makes the next batch, of at most `batch_size`. An idle
+      committer commits an item at once, and who is answered with less than three others keeps nobody waiting.
+    - After a batch of four or more the next one waits for those who were just answered, for `company_seconds` at most
+      (0: not at all), and no longer than until all of them are back or there is a crowd. Without that they take turns
+      with the rest, in twice as many commits.
     - Items are committed in the order of their submission, and each caller gets the result of its own item.
     - At most `queue_size` items wait beside the batch under way; one more is refused at once with `QueueFull`.
     - A batch whose commit fails is split until the culprit stands alone: its caller gets the exception and all
@@ -68,16 +74,19 @@ class GroupCommitter(Generic[Item, Result]):
         batch_size: int,
         queue_size: int,
         timeout_seconds: float,
+        company_seconds: float = 0.0,
         whole_batch_errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self._commit = commit
         self._batch_size = batch_size
         self._queue_size = queue_size
         self._timeout_seconds = timeout_seconds
+        self._company_seconds = company_seconds
         self._whole_batch_errors: tuple[type[Exception], ...] = (CommitTimeout, *whole_batch_errors)
         self._queue: deque[_Entry[Item, Result]] = deque()
         self._batch: list[_Entry[Item, Result]] = []
-        self._arrival = asyncio.Event()
+        self._are_enough = asyncio.Event()
+        self._wanted = 1
         self._is_closing = False
         self._task: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
@@ -111,7 +120,8 @@ class GroupCommitter(Generic[Item, Result]):
         future: asyncio.Future[Result] = self._loop.create_future()
         entry = _Entry(item, future, self._loop.time() + self._timeout_seconds)
         self._queue.append(entry)
-        self._arrival.set()
+        if len(self._queue) >= self._wanted:
+            self._are_enough.set()
         if self._alarm is None:
             self._alarm = self._loop.call_at(entry.deadline, self._answer_late)
         return future
@@ -119,7 +129,7 @@ class GroupCommitter(Generic[Item, Result]):
     async def close(self) -> None:
         """Take no more items and return when everybody is answered."""
         self._is_closing = True
-        self._arrival.set()
+        self._are_enough.set()
         if self._task is not None:
             await asyncio.wait([self._task])
 
@@ -133,12 +143,27 @@ class GroupCommitter(Generic[Item, Result]):
                 except Exception as error:  # noqa: BLE001 - one defect must not end the service for all who follow
                     _log.exception("a defect in the commit of %d items", len(self._batch))
                     _fail_all(self._batch, error)
+                answered = len(self._batch)
                 self._batch = []
+                if answered >= _COMPANY and self._company_seconds:
+                    await self._gather(min(answered + len(self._queue), _CROWD), self._company_seconds)
             elif self._is_closing:
                 return
             else:
-                self._arrival.clear()
-                await self._arrival.wait()
+                await self._gather(1)
+
+    async def _gather(self, wanted: int, at_most_seconds: float | None = None) -> None:
+        """Return when so many wait, or a batch of them, when the time is up, or when nobody else may come."""
+        self._wanted = min(wanted, self._batch_size)
+        if len(self._queue) >= self._wanted or self._is_closing:
+            return
+        self._are_enough.clear()
+        end = None if at_most_seconds is None else self._loop.call_later(at_most_seconds, self._are_enough.set)
+        try:
+            await self._are_enough.wait()
+        finally:
+            if end is not None:
+                end.cancel()
 
     async def _settle(self, batch: Sequence[_Entry[Item, Result]]) -> None:
         """Commit a batch, or its halves; everybody in it is answered when this returns.

@@ -37,6 +37,7 @@ from voicetx.store import (
 )
 
 _RETRY_AFTER_SECONDS = 1
+_COMPANY_SECONDS = 0.001  # uvloop knows no shorter time
 
 _log = structlog.get_logger(__name__)
 
@@ -67,6 +68,9 @@ class Recorder:
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
+        # One process by itself does the next half of its clients' work while the database does the first; so does a
+        # file's writer. Several keep each other and the database from the processors (docs/decisions/0019-company.md).
+        shares_processors = settings.workers > 1 and not store.is_embedded
         self._store = store
         self._registers_unknown = settings.unknown_transactions is UnknownTransactions.REGISTER
         self._committer: GroupCommitter[Received, Outcome] = GroupCommitter(
@@ -74,6 +78,7 @@ class Recorder:
             batch_size=settings.commit_batch_size,
             queue_size=settings.commit_queue_size,
             timeout_seconds=settings.commit_timeout_seconds,
+            company_seconds=_COMPANY_SECONDS if shares_processors else 0.0,
             whole_batch_errors=(StoreUnavailable,),
         )
 

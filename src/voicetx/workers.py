@@ -83,6 +83,7 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
         server = uvicorn.Server(config)
         server.run(sockets=[listeners[0]])
         return server.started
+    os.environ["VOICETX_WORKERS"] = str(workers)  # so each process knows how many they are, also where nobody said so
     with tempfile.TemporaryDirectory(prefix="voicetx-") as folder:
         # Without Redis the processes count calls together in a file, which is gone when they are.
         os.environ[COUNTS_FILE_VARIABLE] = str(Path(folder) / "counts.db")
