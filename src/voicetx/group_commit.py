@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
@@ -41,14 +42,16 @@ class _Entry(NamedTuple, Generic[Item, Result]):
 
 
 class GroupCommitter(Generic[Item, Result]):
-    """Commits items in batches, one batch at a time.
+    """Commits items in batches, one at a time, or two where the second may wait its turn at the disk.
 
     - While a batch is committed, what comes in waits and makes the next batch, of at most `batch_size`. An idle
       committer commits an item at once, and who is answered with less than three others keeps nobody waiting.
     - After a batch of four or more the next one waits for those who were just answered, for `company_seconds` at most
       (0: not at all), and no longer than until all of them are back or there is a crowd. Without that they take turns
       with the rest, in twice as many commits.
-    - Items are committed in the order of their submission, and each caller gets the result of its own item.
+    - With `batches_at_once` of two the next batch is handed over as soon as it is as large as the one under way, and of
+      four at least: for a `commit` that does one after the other by itself, and waits for the next one in between.
+    - Items are handed over in the order of their submission, and each caller gets the result of its own item.
     - At most `queue_size` items wait beside the batch under way; one more is refused at once with `QueueFull`.
     - A batch whose commit fails is split until the culprit stands alone: its caller gets the exception and all
       others are committed. An exception of `whole_batch_errors` says that no item is at fault: everybody in the batch
@@ -75,6 +78,7 @@ class GroupCommitter(Generic[Item, Result]):
         queue_size: int,
         timeout_seconds: float,
         company_seconds: float = 0.0,
+        batches_at_once: int = 1,
         whole_batch_errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self._commit = commit
@@ -84,7 +88,8 @@ class GroupCommitter(Generic[Item, Result]):
         self._company_seconds = company_seconds
         self._whole_batch_errors: tuple[type[Exception], ...] = (CommitTimeout, *whole_batch_errors)
         self._queue: deque[_Entry[Item, Result]] = deque()
-        self._batch: list[_Entry[Item, Result]] = []
+        # One for each batch that may be under way; empty where none is.
+        self._batches: list[list[_Entry[Item, Result]]] = [[] for _ in range(batches_at_once)]
         self._are_enough = asyncio.Event()
         self._wanted = 1
         self._is_closing = False
@@ -93,7 +98,7 @@ class GroupCommitter(Generic[Item, Result]):
 
     @property
     def waiting(self) -> int:
-        """How many items wait, those in the batch under way not among them."""
+        """How many items wait, those in a batch under way not among them."""
         return len(self._queue)
 
     @property
@@ -134,23 +139,35 @@ class GroupCommitter(Generic[Item, Result]):
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
+        async with asyncio.TaskGroup() as lanes:
+            for lane in range(len(self._batches)):
+                lanes.create_task(self._commit_on(lane))
+
+    async def _commit_on(self, lane: int) -> None:
+        """Commit one batch after the other, beside the other lanes."""
         # A commit may turn the cancellation of this task into an error of its own; it ends the task all the same.
-        while not self._is_cancelled():
-            if self._queue:
-                self._batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
+        while not _is_cancelled():
+            if len(self._queue) >= self._count_wanted():
+                batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
+                self._batches[lane] = batch
+                self._wanted = self._count_wanted()
                 try:
-                    await self._settle(self._batch)
+                    await self._settle(batch)
                 except Exception as error:  # noqa: BLE001 - one defect must not end the service for all who follow
-                    _log.exception("a defect in the commit of %d items", len(self._batch))
-                    _fail_all(self._batch, error)
-                answered = len(self._batch)
-                self._batch = []
-                if answered >= _COMPANY and self._company_seconds:
-                    await self._gather(min(answered + len(self._queue), _CROWD), self._company_seconds)
+                    _log.exception("a defect in the commit of %d items", len(batch))
+                    _fail_all(batch, error)
+                self._batches[lane] = []
+                if len(batch) >= _COMPANY and self._company_seconds:
+                    await self._gather(min(len(batch) + len(self._queue), _CROWD), self._company_seconds)
             elif self._is_closing:
                 return
             else:
-                await self._gather(1)
+                await self._gather(self._count_wanted())
+
+    def _count_wanted(self) -> int:
+        """Return how many have to wait for a batch of them to begin: beside another one, as many as are in that."""
+        under_way = [len(batch) for batch in self._batches if batch]
+        return min(max(_COMPANY, *under_way), self._batch_size) if under_way else 1
 
     async def _gather(self, wanted: int, at_most_seconds: float | None = None) -> None:
         """Return when so many wait, or a batch of them, when the time is up, or when nobody else may come."""
@@ -182,7 +199,7 @@ class GroupCommitter(Generic[Item, Result]):
                 _fail_all(batch, error)
                 return
             except asyncio.CancelledError as error:
-                if self._is_cancelled():
+                if _is_cancelled():
                     raise
                 raise RuntimeError("the commit was cancelled, but not by its committer") from error
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller at fault gets it
@@ -205,31 +222,33 @@ class GroupCommitter(Generic[Item, Result]):
                 raise CommitTimeout from error
             raise
 
-    def _is_cancelled(self) -> bool:
-        return self._task is not None and self._task.cancelling() > 0
-
     def _answer_late(self) -> None:
         """Answer everybody whose time is up, and wake again when the next one's is.
 
-        Deadlines come in the order of submission: first those of the batch under way, then those of the queue.
+        Deadlines come in the order of submission: first those of what is under way, then those of the queue.
         """
         now = self._loop.time()
-        for entry in self._batch:
+        under_way = list(chain(*self._batches))
+        for entry in under_way:
             if entry.deadline <= now:
                 _fail(entry, CommitTimeout())
         while self._queue and self._queue[0].deadline <= now:
             _fail(self._queue.popleft(), CommitTimeout())
-        unanswered = (entry.deadline for entry in self._batch if not entry.future.done())
-        following = next(unanswered, self._queue[0].deadline if self._queue else None)
+        unanswered = [entry.deadline for entry in under_way if not entry.future.done()]
+        following = min(unanswered, default=self._queue[0].deadline if self._queue else None)
         self._alarm = None if following is None else self._loop.call_at(following, self._answer_late)
 
     def _answer_the_rest(self, _task: "asyncio.Task[None]") -> None:
         """Answer those that a task cancelled from outside has left."""
         if self._alarm is not None:
             self._alarm.cancel()
-        _fail_all((*self._batch, *self._queue), Closed())
-        self._batch = []
+        _fail_all((*chain(*self._batches), *self._queue), Closed())
         self._queue.clear()
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _answer(part: Sequence[_Entry[Item, Result]], results: Sequence[Result]) -> None:
