@@ -227,13 +227,14 @@ async def test_a_moment_after_the_last_batch_an_item_is_committed_at_once() -> N
         pytest.param(3, 1, {}, id="answered with two others"),
         pytest.param(5, 5, {"batch_size": 5}, id="a full batch"),
         pytest.param(40, 32, {"batch_size": 50}, id="a crowd"),
+        pytest.param(4, 4, {"queue_size": 4}, id="a full queue"),
         pytest.param(6, 1, {"company_seconds": 0}, id="company is not wanted"),
     ],
 )
 async def test_where_there_is_nothing_to_gain_nobody_is_waited_for(
     answered: int, waiting: int, options: dict[str, Any]
 ) -> None:
-    """After few, or with a full batch or 32 that wait, or where it is not wanted, the next batch begins at once."""
+    """After few, with a full batch, a full queue or 32 that wait, or where it is not wanted, nobody is waited for."""
     disk = Disk()
     async with committing(disk, **({"company_seconds": COMPANY_SECONDS} | options)) as committer:
         await answer_batch(disk, committer, answered=answered, waiting=waiting)

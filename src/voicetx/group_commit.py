@@ -171,7 +171,7 @@ class GroupCommitter(Generic[Item, Result]):
 
     async def _gather(self, wanted: int, at_most_seconds: float | None = None) -> None:
         """Return when so many wait, or a batch of them, when the time is up, or when nobody else may come."""
-        self._wanted = min(wanted, self._batch_size)
+        self._wanted = min(wanted, self._batch_size, self._queue_size)
         if len(self._queue) >= self._wanted or self._is_closing:
             return
         self._are_enough.clear()
