@@ -300,11 +300,12 @@ async def test_few_are_not_handed_over_beside_others() -> None:
         assert disk.batches == [["first"], [0, 1, 2]]
 
 
-async def test_a_full_batch_is_handed_over_beside_another() -> None:
-    """As many as make a batch are handed over beside one under way, however small batches are."""
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"queue_size": 2}])
+async def test_a_full_batch_is_handed_over_beside_another(options: dict[str, int]) -> None:
+    """As many as make a batch, or may wait, are handed over beside one under way, however small batches are."""
     disk = Disk(commits_at_once=2)
     disk.is_held = True
-    async with committing(disk, batches_at_once=2, batch_size=2) as committer:
+    async with committing(disk, batches_at_once=2, **options) as committer:
         for _ in range(2):
             futures = [committer.submit(number) for number in range(2)]
             await settle()

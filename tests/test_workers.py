@@ -47,7 +47,7 @@ def test_a_port_is_not_shared_with_another_instance() -> None:
 
 
 def test_each_process_is_told_how_many_they_are(tmp_path: Path) -> None:
-    """Where the number was given on the command line, or counted, every process has it among its settings."""
+    """Every process has among its settings how many they are."""
     with Service(f"sqlite:///{tmp_path / 'voicetx.db'}", workers=2) as service:
         told = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in service.find_workers()]
     assert [b"VOICETX_WORKERS=2" in variables for variables in told] == [True, True]

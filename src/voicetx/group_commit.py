@@ -86,6 +86,7 @@ class GroupCommitter(Generic[Item, Result]):
         self._queue_size = queue_size
         self._timeout_seconds = timeout_seconds
         self._company_seconds = company_seconds
+        self._most_wanted = min(batch_size, queue_size)  # more can't be in a batch, or wait
         self._whole_batch_errors: tuple[type[Exception], ...] = (CommitTimeout, *whole_batch_errors)
         self._queue: deque[_Entry[Item, Result]] = deque()
         # One for each batch that may be under way; empty where none is.
@@ -167,11 +168,11 @@ class GroupCommitter(Generic[Item, Result]):
     def _count_wanted(self) -> int:
         """Return how many have to wait for a batch of them to begin: beside another one, as many as are in that."""
         under_way = [len(batch) for batch in self._batches if batch]
-        return min(max(_COMPANY, *under_way), self._batch_size) if under_way else 1
+        return min(max(_COMPANY, *under_way), self._most_wanted) if under_way else 1
 
     async def _gather(self, wanted: int, at_most_seconds: float | None = None) -> None:
         """Return when so many wait, or a batch of them, when the time is up, or when nobody else may come."""
-        self._wanted = min(wanted, self._batch_size, self._queue_size)
+        self._wanted = min(wanted, self._most_wanted)
         if len(self._queue) >= self._wanted or self._is_closing:
             return
         self._are_enough.clear()
