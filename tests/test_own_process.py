@@ -4,8 +4,10 @@ import asyncio
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -143,3 +145,36 @@ async def test_a_file_is_written_on_when_its_writer_was_killed(tmp_path: Path) -
     assert committed.outcomes == [Outcome.REPEATED, Outcome.RECORDED]
     await store.close()
     assert (await asyncio.to_thread(show, url, "tx-1")).updates == 2
+
+
+async def test_what_waited_too_long_for_its_turn_is_not_written(tmp_path: Path) -> None:
+    """While a file is locked, whoever comes to its turn after its time does not wait for the lock once more."""
+    path = tmp_path / "voicetx.db"
+    url = f"sqlite:///{path}"
+    await asyncio.to_thread(migrate, url)
+    await asyncio.to_thread(register, url, ["tx-1"])
+
+    def receive(message: str) -> list[Received]:
+        return [Received(parse(encode(make_body("tx-1", message=message))), uuid4(), 1)]
+
+    store = Store(url, has_writer=True, timeout_seconds=2)
+    await store.write_in_steps(partial(commit_batch, batch=[]))  # the process has started
+    pid = store._database._process._process.pid  # type: ignore[union-attr]
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        os.kill(pid, signal.SIGSTOP)  # none has its turn before all are sent
+        batches = [
+            asyncio.create_task(store.write_in_steps(partial(commit_batch, batch=receive(message))))
+            for message in ("first", "second", "third")
+        ]
+        await asyncio.sleep(0)
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(StoreUnavailable, match="database is locked"):
+            await batches[0]
+        other.execute("ROLLBACK")
+    for batch in batches[1:]:
+        with pytest.raises(StoreUnavailable, match="TimeoutError"):
+            await batch
+    await store.write_in_steps(partial(commit_batch, batch=receive("fourth")))
+    await store.close()
+    assert (await asyncio.to_thread(show, url, "tx-1")).updates == 1

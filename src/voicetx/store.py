@@ -209,7 +209,7 @@ class _Embedded:
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
         if self._process is None:
             return await self.write(work)
-        return await self._process.run(partial(_write_file, self._path, self._timeout_seconds, work))
+        return await self._process.run(partial(_write_file, self._path, self._timeout_seconds, time.monotonic(), work))
 
     async def write_beside(self, work: Callable[[Connection], T]) -> T:
         return await self.write_in_steps(work)
@@ -236,16 +236,26 @@ def _transact(engine: Engine, work: Callable[[Connection], T]) -> T:
         return work(connection)
 
 
-def _write_file(path: str, timeout_seconds: float, work: Callable[[Connection], T]) -> T:
-    """Run work in a transaction of its own; called in the process that writes."""
-    return _transact(_find_writer(path, timeout_seconds), work)
+def _write_file(path: str, timeout_seconds: float, sent_at: float, work: Callable[[Connection], T]) -> T:
+    """Run work in a transaction of its own; called in the process that writes.
+
+    What was sent longer ago than `timeout_seconds` is not done: behind a lock, each that waits would wait for it once
+    more, for nobody. What was sent to a process that starts has that time from then on.
+    """
+    writer, opened_at = _open_writer(path, timeout_seconds)
+    if time.monotonic() >= max(sent_at, opened_at) + timeout_seconds:
+        raise TimeoutError
+    return _transact(writer, work)
 
 
 def _make_sqlite_writer(path: str, timeout_seconds: float) -> Engine:
     return _make_sqlite_engine(path, "BEGIN IMMEDIATE", 1, timeout_seconds, _WRITER_PRAGMAS)
 
 
-_find_writer = cache(_make_sqlite_writer)
+@cache
+def _open_writer(path: str, timeout_seconds: float) -> tuple[Engine, float]:
+    """Return the writer, and when it was made, by a clock that all processes share."""
+    return _make_sqlite_writer(path, timeout_seconds), time.monotonic()
 
 
 class _Server:
