@@ -559,20 +559,20 @@ def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) ->
     return found
 
 
-def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
     """Return the rows of a statement that reads, or that does all that it does or nothing.
 
-    Asked on the driver's own cursor: SQLAlchemy's execution and its result take longer than that. What fails is asked
-    once more through SQLAlchemy, which tells a lost connection from a wrong value and raises its own errors.
+    Asked of the driver itself: SQLAlchemy's execution and its result take longer than that. What fails is asked once
+    more through SQLAlchemy, which tells a lost connection from a wrong value and raises its own errors.
     """
-    cursor = connection.connection.cursor()
-    try:
-        cursor.execute(statement, values)
-        return cast("Iterable[Sequence[Any]]", cursor.fetchall())
-    except connection.dialect.loaded_dbapi.Error:
-        return connection.exec_driver_sql(statement, tuple(values)).all()
-    finally:
-        cursor.close()
+    driver: Any = connection.connection.dbapi_connection
+    with suppress(sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError):
+        if connection.dialect.name == "sqlite":
+            return cast("Sequence[Sequence[Any]]", driver.execute(statement, values).fetchall())
+        # Else SQLAlchemy has yet to begin a transaction, with its first statement.
+        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            return cast("Sequence[Sequence[Any]]", driver.run_async(lambda asyncpg: asyncpg.fetch(statement, *values)))
+    return connection.exec_driver_sql(statement, tuple(values)).all()
 
 
 def _to_transaction(row: Sequence[Any]) -> Transaction:
