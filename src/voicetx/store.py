@@ -242,10 +242,11 @@ def _write_file(path: str, timeout_seconds: float, sent_at: float, work: Callabl
     What was sent longer ago than `timeout_seconds` is not done: behind a lock, each that waits would wait for it once
     more, for nobody. What was sent to a process that starts has that time from then on.
     """
-    writer, opened_at = _open_writer(path, timeout_seconds)
+    connection, opened_at = _connect_writer(path, timeout_seconds)
     if time.monotonic() >= max(sent_at, opened_at) + timeout_seconds:
         raise TimeoutError
-    return _transact(writer, work)
+    with connection.begin():
+        return work(connection)
 
 
 def _make_sqlite_writer(path: str, timeout_seconds: float) -> Engine:
@@ -253,9 +254,12 @@ def _make_sqlite_writer(path: str, timeout_seconds: float) -> Engine:
 
 
 @cache
-def _open_writer(path: str, timeout_seconds: float) -> tuple[Engine, float]:
-    """Return the writer, and when it was made, by a clock that all processes share."""
-    return _make_sqlite_writer(path, timeout_seconds), time.monotonic()
+def _connect_writer(path: str, timeout_seconds: float) -> tuple[Connection, float]:
+    """Return the connection that all batches of this process share, and when it was made, by a clock of the machine.
+
+    Given back to the pool after each and got again, it would cost a small batch a tenth more.
+    """
+    return _make_sqlite_writer(path, timeout_seconds).connect(), time.monotonic()
 
 
 class _Server:
