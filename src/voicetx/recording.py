@@ -39,10 +39,10 @@ from voicetx.store import (
 _RETRY_AFTER_SECONDS = 1
 _COMPANY_SECONDS = 0.001  # uvloop knows no shorter time
 
-# docs/decisions/0020-first-updates.md
-_FEW = 3  # so rarely is one of them not a first, among many there always is one
+# When updates are written as if they were the first of their transactions: docs/decisions/0020-first-updates.md.
+_FEW = 3  # of more, one is nearly always a later one
 _MOST = 0.75
-_REMEMBERED = 64
+_LAST_UPDATES = 64  # that the share of first ones is of, more or less
 
 _log = structlog.get_logger(__name__)
 
@@ -82,7 +82,7 @@ class Recorder:
         # next batch when it has done one (docs/decisions/0015-writer-process.md).
         shares_processors = settings.workers > 1 and not store.is_embedded
         self._store = store
-        self._share_of_first = 0.0  # among the last updates
+        self._share_of_first = 0.0
         self._registers_unknown = settings.unknown_transactions is UnknownTransactions.REGISTER
         self._committer: GroupCommitter[Received, Outcome] = GroupCommitter(
             self._commit,
@@ -157,7 +157,7 @@ class Recorder:
             metrics.FAILED_COMMITS.inc()
             raise
         share = committed.first / len(batch)
-        self._share_of_first += (share - self._share_of_first) * min(1.0, len(batch) / _REMEMBERED)
+        self._share_of_first += (share - self._share_of_first) * min(1.0, len(batch) / _LAST_UPDATES)
         metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
         # Before anybody is answered, but once the next batch is on its way: the database does not wait for it.
         asyncio.get_running_loop().call_soon(_count, batch, committed)

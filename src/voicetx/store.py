@@ -569,13 +569,13 @@ def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Seq
     Asked of the driver itself: SQLAlchemy's execution and its result take longer than that. What fails is asked once
     more through SQLAlchemy, which tells a lost connection from a wrong value and raises its own errors.
     """
-    driver: Any = connection.connection.dbapi_connection
     with suppress(sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError):
         if connection.dialect.name == "sqlite":
-            return cast("Sequence[Sequence[Any]]", driver.execute(statement, values).fetchall())
-        # Else SQLAlchemy has yet to begin a transaction, with its first statement.
+            return _get_sqlite(connection).execute(statement, values).fetchall()
+        # Else there may be no transaction yet: SQLAlchemy begins it with the first statement that goes through it.
         if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-            return cast("Sequence[Sequence[Any]]", driver.run_async(lambda asyncpg: asyncpg.fetch(statement, *values)))
+            adapted: Any = connection.connection.dbapi_connection
+            return cast("list[Sequence[Any]]", adapted.run_async(lambda driver: driver.fetch(statement, *values)))
     return connection.exec_driver_sql(statement, tuple(values)).all()
 
 
