@@ -262,7 +262,7 @@ def test_stopping_leaves_time_to_answer_everybody() -> None:
     """The composition waits longer than the service may need to stop."""
     period = read_composition()["services"]["voicetx"]["stop_grace_period"]
     settings = Settings(_env_file=None)
-    assert int(period.removesuffix("s")) > settings.shutdown_timeout_seconds + settings.commit_timeout_seconds
+    assert int(period.removesuffix("s")) > settings.shutdown_timeout_seconds + 3 * settings.commit_timeout_seconds
 
 
 BUILD_FILES = re.compile(

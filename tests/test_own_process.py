@@ -22,7 +22,7 @@ from servers import has_ended, wait_until
 from voicetx.contract import parse
 from voicetx.own_process import OwnProcess, ProcessLost
 from voicetx.recording import Outcome, commit_batch
-from voicetx.store import Received, Store, StoreUnavailable
+from voicetx.store import Received, Store, StoreUnavailable, ValueRefused
 
 pytestmark = pytest.mark.anyio
 
@@ -178,3 +178,32 @@ async def test_what_waited_too_long_for_its_turn_is_not_written(tmp_path: Path) 
     await store.write_in_steps(partial(commit_batch, batch=receive("fourth")))
     await store.close()
     assert (await asyncio.to_thread(show, url, "tx-1")).updates == 1
+
+
+async def test_after_a_commit_that_fails_the_next_batch_is_written(tmp_path: Path) -> None:
+    """Where the end of a transaction fails, and not one of its statements, its batch is refused and the next is not."""
+    path = tmp_path / "voicetx.db"
+    url = f"sqlite:///{path}"
+    await asyncio.to_thread(migrate, url)
+    await asyncio.to_thread(register, url, ["tx-1"])
+    with closing(sqlite3.connect(path)) as other:
+        other.executescript(_RULE_AT_THE_COMMIT)
+
+    def receive(message: str) -> list[Received]:
+        return [Received(parse(encode(make_body("tx-1", message=message))), uuid4(), 1)]
+
+    store = Store(url, has_writer=True)
+    with pytest.raises(ValueRefused, match="FOREIGN KEY"):
+        await store.write_in_steps(partial(commit_batch, batch=receive("forbidden")))
+    committed = await store.write_in_steps(partial(commit_batch, batch=receive("good")))
+    assert committed.outcomes == [Outcome.RECORDED]
+    await store.close()
+    assert (await asyncio.to_thread(show, url, "tx-1")).updates == 1
+
+
+_RULE_AT_THE_COMMIT = """
+    CREATE TABLE parent (name TEXT PRIMARY KEY);
+    CREATE TABLE child (name TEXT REFERENCES parent (name) DEFERRABLE INITIALLY DEFERRED);
+    CREATE TRIGGER rule AFTER INSERT ON voice_update WHEN new.body LIKE '%forbidden%'
+        BEGIN INSERT INTO child VALUES ('nobody'); END;
+"""

@@ -242,11 +242,10 @@ def _write_file(path: str, timeout_seconds: float, sent_at: float, work: Callabl
     What was sent longer ago than `timeout_seconds` is not done: behind a lock, each that waits would wait for it once
     more, for nobody. What was sent to a process that starts has that time from then on.
     """
-    connection, opened_at = _connect_writer(path, timeout_seconds)
+    writer, opened_at = _open_writer(path, timeout_seconds)
     if time.monotonic() >= max(sent_at, opened_at) + timeout_seconds:
         raise TimeoutError
-    with connection.begin():
-        return work(connection)
+    return _transact(writer, work)
 
 
 def _make_sqlite_writer(path: str, timeout_seconds: float) -> Engine:
@@ -254,12 +253,9 @@ def _make_sqlite_writer(path: str, timeout_seconds: float) -> Engine:
 
 
 @cache
-def _connect_writer(path: str, timeout_seconds: float) -> tuple[Connection, float]:
-    """Return the connection that all batches of this process share, and when it was made, by a clock of the machine.
-
-    Given back to the pool after each and got again, it would cost a small batch a tenth more.
-    """
-    return _make_sqlite_writer(path, timeout_seconds).connect(), time.monotonic()
+def _open_writer(path: str, timeout_seconds: float) -> tuple[Engine, float]:
+    """Return what writes here, and when it was made, by a clock that all processes share."""
+    return _make_sqlite_writer(path, timeout_seconds), time.monotonic()
 
 
 class _Server:
