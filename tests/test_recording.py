@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -368,6 +369,20 @@ async def test_nothing_of_a_batch_that_fails_stays(store: Store) -> None:
     )
     assert count == 0
     assert (await show(store)).updates == 0
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("error", [asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError])
+async def test_what_the_driver_fails_at_is_asked_once_more(
+    store: Store, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update is recorded where only the way past SQLAlchemy failed, as on a connection that is being cut off."""
+
+    async def fail(*_: Any) -> None:
+        raise error("connection")
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", fail)
+    assert await record(store, make_body("tx-1")) == ["recorded"]
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

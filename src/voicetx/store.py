@@ -73,6 +73,7 @@ _AWAY = (
     PoolTimeoutError,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that is being cut off
     asyncpg.TargetServerAttributeNotMatched,
     sqlite3.Error,
     ProcessLost,
@@ -565,7 +566,7 @@ def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Seq
     Asked of the driver itself: SQLAlchemy's execution and its result take longer than that. What fails is asked once
     more through SQLAlchemy, which tells a lost connection from a wrong value and raises its own errors.
     """
-    with suppress(sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError):
+    with suppress(sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
         if connection.dialect.name == "sqlite":
             return _get_sqlite(connection).execute(statement, values).fetchall()
         # Else there may be no transaction yet: SQLAlchemy begins it with the first statement that goes through it.
