@@ -122,16 +122,23 @@ def test_it_ends_with_who_started_it(tmp_path: Path) -> None:
     wait_until(lambda: has_ended(pid), "The process did not end")
 
 
-async def test_a_file_is_written_on_when_its_writer_was_killed(tmp_path: Path) -> None:
+@pytest.fixture
+async def path(tmp_path: Path) -> Path:
+    """Return a database file with the transaction tx-1."""
+    path = tmp_path / "voicetx.db"
+    await asyncio.to_thread(migrate, f"sqlite:///{path}")
+    await asyncio.to_thread(register, f"sqlite:///{path}", ["tx-1"])
+    return path
+
+
+def receive(message: str) -> list[Received]:
+    """Return a batch of one update of tx-1."""
+    return [Received(parse(encode(make_body("tx-1", message=message))), uuid4(), 1)]
+
+
+async def test_a_file_is_written_on_when_its_writer_was_killed(path: Path) -> None:
     """With its writer killed, a batch fails as on a database that is away, and the next one is written."""
-    url = f"sqlite:///{tmp_path / 'voicetx.db'}"
-    await asyncio.to_thread(migrate, url)
-    await asyncio.to_thread(register, url, ["tx-1"])
-
-    def receive(message: str) -> list[Received]:
-        return [Received(parse(encode(make_body("tx-1", message=message))), uuid4(), 1)]
-
-    store = Store(url, has_writer=True)
+    store = Store(f"sqlite:///{path}", has_writer=True)
     committed = await store.write_in_steps(partial(commit_batch, batch=receive("first")))
     assert committed.outcomes == [Outcome.RECORDED]
     pid = store._database._process._process.pid  # type: ignore[union-attr]
@@ -144,20 +151,12 @@ async def test_a_file_is_written_on_when_its_writer_was_killed(tmp_path: Path) -
     committed = await store.write_in_steps(partial(commit_batch, batch=[*receive("first"), *receive("second")]))
     assert committed.outcomes == [Outcome.REPEATED, Outcome.RECORDED]
     await store.close()
-    assert (await asyncio.to_thread(show, url, "tx-1")).updates == 2
+    assert (await asyncio.to_thread(show, f"sqlite:///{path}", "tx-1")).updates == 2
 
 
-async def test_what_waited_too_long_for_its_turn_is_not_written(tmp_path: Path) -> None:
+async def test_what_waited_too_long_for_its_turn_is_not_written(path: Path) -> None:
     """While a file is locked, whoever comes to its turn after its time does not wait for the lock once more."""
-    path = tmp_path / "voicetx.db"
-    url = f"sqlite:///{path}"
-    await asyncio.to_thread(migrate, url)
-    await asyncio.to_thread(register, url, ["tx-1"])
-
-    def receive(message: str) -> list[Received]:
-        return [Received(parse(encode(make_body("tx-1", message=message))), uuid4(), 1)]
-
-    store = Store(url, has_writer=True, timeout_seconds=2)
+    store = Store(f"sqlite:///{path}", has_writer=True, timeout_seconds=2)
     await store.write_in_steps(partial(commit_batch, batch=[]))  # the process has started
     pid = store._database._process._process.pid  # type: ignore[union-attr]
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -177,28 +176,20 @@ async def test_what_waited_too_long_for_its_turn_is_not_written(tmp_path: Path) 
             await batch
     await store.write_in_steps(partial(commit_batch, batch=receive("fourth")))
     await store.close()
-    assert (await asyncio.to_thread(show, url, "tx-1")).updates == 1
+    assert (await asyncio.to_thread(show, f"sqlite:///{path}", "tx-1")).updates == 1
 
 
-async def test_after_a_commit_that_fails_the_next_batch_is_written(tmp_path: Path) -> None:
+async def test_after_a_commit_that_fails_the_next_batch_is_written(path: Path) -> None:
     """Where the end of a transaction fails, and not one of its statements, its batch is refused and the next is not."""
-    path = tmp_path / "voicetx.db"
-    url = f"sqlite:///{path}"
-    await asyncio.to_thread(migrate, url)
-    await asyncio.to_thread(register, url, ["tx-1"])
     with closing(sqlite3.connect(path)) as other:
         other.executescript(_RULE_AT_THE_COMMIT)
-
-    def receive(message: str) -> list[Received]:
-        return [Received(parse(encode(make_body("tx-1", message=message))), uuid4(), 1)]
-
-    store = Store(url, has_writer=True)
+    store = Store(f"sqlite:///{path}", has_writer=True)
     with pytest.raises(ValueRefused, match="FOREIGN KEY"):
         await store.write_in_steps(partial(commit_batch, batch=receive("forbidden")))
     committed = await store.write_in_steps(partial(commit_batch, batch=receive("good")))
     assert committed.outcomes == [Outcome.RECORDED]
     await store.close()
-    assert (await asyncio.to_thread(show, url, "tx-1")).updates == 1
+    assert (await asyncio.to_thread(show, f"sqlite:///{path}", "tx-1")).updates == 1
 
 
 _RULE_AT_THE_COMMIT = """
