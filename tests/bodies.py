@@ -5,6 +5,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from voicetx.contract import PRIVACY, WIRE_NAMES, Privacy
+
 GONE = object()
 """As a value: leave the field out."""
 
@@ -25,7 +27,9 @@ def make_body(transaction_id: str = "tx-1", **fields: Any) -> dict[str, Any]:
 PRIVATE: set[str] = set()
 """What was encoded of persons: no log may hold it (conftest.py). Short values are left out: they are found anywhere."""
 
-_PRIVATE_FIELDS = ("a-party", "b-party", "dtmf-digits", "voice-tag", "drop-reason", "message")
+_PRIVATE_FIELDS = [
+    WIRE_NAMES[name] for name, privacy in PRIVACY.items() if privacy not in {Privacy.NOTHING, Privacy.IDENTITY}
+]
 
 
 def encode(body: Any) -> bytes:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bodies import make_body
 from voicetx import privacy
-from voicetx.contract import WIRE_NAMES
+from voicetx.contract import WIRE_NAMES, Privacy, UpdateBody
 
 numbers = st.from_regex(r"\A[1-9][0-9]{6,14}\Z")
 connectors = st.sampled_from(["", "-", ".", "(", ")", "\u2011", "'", "\u2019", "\u00b7"])
@@ -210,6 +210,18 @@ def test_a_number_is_read_as_people_write_it(data: st.DataObject, number: str) -
     assert privacy.read_number(text) == number
 
 
-def test_the_personal_names_are_the_contracts() -> None:
-    """What is masked by its name is named as on the wire."""
-    assert set(WIRE_NAMES.values()) >= privacy._PERSONAL
+def test_a_field_says_what_it_is_to_privacy_or_there_is_no_contract() -> None:
+    """A field that declares nothing of what it is to privacy, or two things, can't be defined."""
+    with pytest.raises(TypeError, match=r"what are these to privacy\? caller_name, c_party"):
+
+        class Body(UpdateBody):
+            caller_name: str | None = None
+            c_party: Annotated[str | None, Privacy.PARTY, Privacy.TEXT] = None
+            reason: Annotated[str | None, Privacy.TEXT] = None
+
+
+@pytest.mark.parametrize("name", WIRE_NAMES)
+def test_what_may_be_personal_is_hidden_in_every_field(name: str) -> None:
+    """Whatever field of the contract a number is in, but for the transaction's id, its masked form shows two digits."""
+    masked = privacy.mask_field(WIRE_NAMES[name], "15550100")
+    assert masked == {"transaction_id": "15550100", "dtmf_digits": "********"}.get(name, "******00")

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
+from enum import Enum
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
@@ -25,6 +26,19 @@ TROMBONE_SOURCE = "3"
 
 _MOMENT = r"^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01]) ([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{3}$"
 _MOMENT_RULE = "a real date and time written YYYY-MM-DD HH:MM:SS.SSS"
+
+
+class Privacy(Enum):
+    """What a field is to privacy: declared once, where the field is, and heeded wherever values are shown or forgotten.
+
+    Source: docs/decisions/0013-what-is-hidden.md.
+    """
+
+    NOTHING = "a code, a count or a time: its rule lets it hold nothing about a person"
+    IDENTITY = "the transaction's own id: never hidden and never changed"
+    PARTY = "a person's number or address"
+    KEYS = "keys that a person pressed"
+    TEXT = "whatever somebody wrote"
 
 
 @lru_cache(maxsize=1024)
@@ -49,9 +63,11 @@ def _rule(rule: str, *, example: str, pattern: str | None = None, max_length: in
 
 
 TransactionId = Annotated[
-    str, _rule("1 to 128 visible ASCII characters", example="demo-001", pattern=r"^[\x21-\x7e]{1,128}$")
+    str,
+    Privacy.IDENTITY,
+    _rule("1 to 128 visible ASCII characters", example="demo-001", pattern=r"^[\x21-\x7e]{1,128}$"),
 ]
-Moment = Annotated[str, _rule(_MOMENT_RULE, example="2014-08-26 08:00:58.211", pattern=_MOMENT)]
+Moment = Annotated[str, Privacy.NOTHING, _rule(_MOMENT_RULE, example="2014-08-26 08:00:58.211", pattern=_MOMENT)]
 DropCode = Literal[
     "2005",
     "1001",
@@ -71,7 +87,21 @@ DropCode = Literal[
 ]
 
 
-class UpdateBody(BaseModel):
+class _Body(BaseModel):
+    """What every body keeps to: each of its fields says what it is to privacy, or the class is not made."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        undeclared = [name for name in cls.model_fields if len(_list_privacy(cls, name)) != 1]
+        if undeclared:
+            raise TypeError(f"{cls.__name__}: what are these to privacy? {', '.join(undeclared)}")
+
+
+def _list_privacy(model: type[BaseModel], name: str) -> list[Privacy]:
+    return [marker for marker in model.model_fields[name].metadata if isinstance(marker, Privacy)]
+
+
+class UpdateBody(_Body):
     """The body of an update whose call is inbound (1) or outbound (2).
 
     Every value is a string, trimmed before its rule applies. A field that is absent, null or empty is not given.
@@ -102,22 +132,31 @@ class UpdateBody(BaseModel):
     call_starttime: Moment
     call_endtime: Moment
     call_source: Annotated[
-        Literal["1", "2", "3"], _rule("1 (inbound), 2 (outbound) or 3 (trombone, a transferred call)", example="2")
+        Literal["1", "2", "3"],
+        Privacy.NOTHING,
+        _rule("1 (inbound), 2 (outbound) or 3 (trombone, a transferred call)", example="2"),
     ]
     trombone_starttime: Annotated[
         str | None,
+        Privacy.NOTHING,
         Field(description="not applicable unless call-source is 3", examples=["2014-08-26 08:00:58.211"]),
     ] = None
     trombone_endtime: Annotated[
         str | None,
+        Privacy.NOTHING,
         Field(description="not applicable unless call-source is 3", examples=["2014-08-26 08:00:59.211"]),
     ] = None
     dtmf_digits: Annotated[
-        str | None, _rule("1 to 64 of the keys 0-9, *, # and A-D", example="1*3#", pattern=r"^[0-9*#A-D]{1,64}$")
+        str | None,
+        Privacy.KEYS,
+        _rule("1 to 64 of the keys 0-9, *, # and A-D", example="1*3#", pattern=r"^[0-9*#A-D]{1,64}$"),
     ] = None
-    voice_tag: Annotated[str | None, _rule("at most 128 characters", example="greeting-7", max_length=128)] = None
+    voice_tag: Annotated[
+        str | None, Privacy.TEXT, _rule("at most 128 characters", example="greeting-7", max_length=128)
+    ] = None
     call_state: Annotated[
         Literal["1", "2", "3", "4", "5", "6"],
+        Privacy.NOTHING,
         _rule(
             "1 (expired or suspended), 2 (initiated or dialled), 3 (alerting), 4 (connecting),"
             " 5 (answered or connected) or 6 (trombone)",
@@ -126,6 +165,7 @@ class UpdateBody(BaseModel):
     ]
     drop_code: Annotated[
         DropCode,
+        Privacy.NOTHING,
         _rule(
             "2005 (success), 1001 (unobtainable), 1002 (busy line), 1003 (not in service), 1004 (congestion),"
             " 1005 (switched off), 1006 (out of reach), 1007 (OBD timeout), 2000 (alerting timed out),"
@@ -135,15 +175,21 @@ class UpdateBody(BaseModel):
         ),
     ]
     drop_reason: Annotated[
-        str | None, _rule("at most 1,024 characters", example="Normal clearing", max_length=1024)
+        str | None, Privacy.TEXT, _rule("at most 1,024 characters", example="Normal clearing", max_length=1024)
     ] = None
-    message: Annotated[str | None, _rule("at most 1,024 characters", example="Call finished", max_length=1024)] = None
-    voice_recorded: Annotated[Literal["Yes", "No"] | None, _rule("Yes or No", example="Yes")] = None
-    times_attempted: Annotated[str | None, _rule("a whole number, 0 to 999", example="1", pattern=r"^[0-9]{1,3}$")] = (
-        None
-    )
-    a_party: Annotated[str | None, _rule("at most 64 characters", example="+15550100", max_length=64)] = None
-    b_party: Annotated[str | None, _rule("at most 64 characters", example="+15550199", max_length=64)] = None
+    message: Annotated[
+        str | None, Privacy.TEXT, _rule("at most 1,024 characters", example="Call finished", max_length=1024)
+    ] = None
+    voice_recorded: Annotated[Literal["Yes", "No"] | None, Privacy.NOTHING, _rule("Yes or No", example="Yes")] = None
+    times_attempted: Annotated[
+        str | None, Privacy.NOTHING, _rule("a whole number, 0 to 999", example="1", pattern=r"^[0-9]{1,3}$")
+    ] = None
+    a_party: Annotated[
+        str | None, Privacy.PARTY, _rule("at most 64 characters", example="+15550100", max_length=64)
+    ] = None
+    b_party: Annotated[
+        str | None, Privacy.PARTY, _rule("at most 64 characters", example="+15550199", max_length=64)
+    ] = None
 
     @field_validator("call_starttime")
     @classmethod
@@ -176,7 +222,7 @@ class TromboneBody(UpdateBody):
         }
     )
 
-    call_source: Annotated[Literal["3"], _rule("3 (trombone, a transferred call)", example="3")]
+    call_source: Annotated[Literal["3"], Privacy.NOTHING, _rule("3 (trombone, a transferred call)", example="3")]
     trombone_starttime: Moment
     trombone_endtime: Moment
 
@@ -208,6 +254,9 @@ WIRE_NAMES: Mapping[str, str] = {name: _wire(name) for name in UpdateBody.model_
 _NAMES: Mapping[str, str] = {wire: name for name, wire in WIRE_NAMES.items()}
 _TROMBONE_NAMES = frozenset({"trombone-starttime", "trombone-endtime"})
 _NAMES_WITHOUT_TROMBONE = {wire: name for wire, name in _NAMES.items() if wire not in _TROMBONE_NAMES}
+
+PRIVACY: Mapping[str, Privacy] = {name: _list_privacy(UpdateBody, name)[0] for name in WIRE_NAMES}
+"""What each field is to privacy, by its name in Python."""
 
 
 class Position(NamedTuple):

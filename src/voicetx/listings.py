@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Connection, func, or_, select, true
 
 from voicetx import privacy
-from voicetx.contract import WIRE_NAMES
+from voicetx.contract import PRIVACY, WIRE_NAMES, Privacy
 from voicetx.schema import FIELD_NAMES, deployment, voice_transaction
 from voicetx.store import look_up
 
@@ -22,6 +22,7 @@ MOST_SCANNED = 20_000
 """How many rows a page looks at."""
 
 _columns = voice_transaction.c
+_PARTIES = tuple(name for name, privacy in PRIVACY.items() if privacy is Privacy.PARTY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +144,15 @@ def _match(filters: Filters, registered_at_ms: ColumnElement[int]) -> list[Colum
     if filters.number is not None:
         # Whatever stands between the digits; which number it is, is seen afterwards.
         pattern = "%" + "%".join(filters.number) + "%"
-        conditions.append(or_(_columns.a_party.like(pattern), _columns.b_party.like(pattern)))
+        conditions.append(or_(*(_columns[name].like(pattern) for name in _PARTIES)))
     return conditions
 
 
 def _has_number(row: Mapping[Any, Any], number: str | None) -> bool:
     if number is None:
         return True
-    return any(
-        party is not None and privacy.forget_in_text(number, party) != party
-        for party in (row["a_party"], row["b_party"])
-    )
+    parties = (row[name] for name in _PARTIES)
+    return any(party is not None and privacy.forget_in_text(number, party) != party for party in parties)
 
 
 def _to_listed(row: Mapping[Any, Any]) -> ListedTransaction:

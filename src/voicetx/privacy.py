@@ -1,9 +1,10 @@
 """What is personal in an update, and how it is hidden: numbers and the digits that a person pressed.
 
 Pure functions on texts and bodies, for whoever shows them (`voicetx.reports`) and for whoever has to forget a number
-(`voicetx.retention`). A body keeps all the rest to the letter, so it is read token by token and never parsed and
-written anew: names given twice, spacing and numbers that no parser can hold stay as they came. Knows the contract's
-names, neither HTTP nor the database. Source: docs/decisions/0013-what-is-hidden.md.
+(`voicetx.retention`). What a field of the contract is to privacy, `voicetx.contract` declares. A body keeps all the
+rest to the letter, so it is read token by token and never parsed and written anew: names given twice, spacing and
+numbers that no parser can hold stay as they came. Knows neither HTTP nor the database. Source:
+docs/decisions/0013-what-is-hidden.md.
 """
 
 import hashlib
@@ -13,10 +14,10 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-_PARTIES = frozenset({"a-party", "b-party"})
-_DIGITS_PRESSED = "dtmf-digits"
-_PERSONAL = _PARTIES | {_DIGITS_PRESSED}
-_TRANSACTION_ID = "transaction-id"
+from voicetx.contract import PRIVACY, WIRE_NAMES, Privacy
+
+_PRIVACY = {WIRE_NAMES[name]: privacy for name, privacy in PRIVACY.items()}
+_PERSONAL = frozenset(name for name, privacy in _PRIVACY.items() if privacy in {Privacy.PARTY, Privacy.KEYS})
 
 _SHOWN_DIGITS = 2
 _FEWEST_DIGITS = 7  # of what is taken for a number wherever it stands
@@ -55,13 +56,16 @@ def mask_field(name: str, value: str) -> str:
     Of a number the last two digits are left; of a party every letter and digit else is hidden, and every digit that was
     pressed. In other texts whatever looks like a number is hidden: seven digits or more, however they are set.
     """
-    if name in _PARTIES:
-        return _mask_party(value)
-    if name == _DIGITS_PRESSED:
-        return "*" * len(value)
-    if name == _TRANSACTION_ID or _MOMENT.fullmatch(value):
-        return value
-    return _LOOKS_LIKE_A_NUMBER.sub(_mask_number, value)
+    match _PRIVACY.get(name):
+        case Privacy.PARTY:
+            return _mask_party(value)
+        case Privacy.KEYS:
+            return "*" * len(value)
+        case Privacy.IDENTITY:
+            return value
+        case _:
+            # Codes and times too: a body may give a field twice, and the first of the two is held to no rule.
+            return value if _MOMENT.fullmatch(value) else _LOOKS_LIKE_A_NUMBER.sub(_mask_number, value)
 
 
 def mask_body(body: str) -> str:
@@ -99,7 +103,11 @@ def forget_in_body(digits: str, body: str) -> str:
     """Return the body with the number hidden at any depth, in names too, but for the transaction's own id."""
     if "\\" not in body and not _may_hold(digits, body):
         return body
-    return _rewrite(body, lambda name, text: text if name == _TRANSACTION_ID else forget_in_text(digits, text))
+
+    def forget(name: str, text: str) -> str:
+        return text if _PRIVACY.get(name) is Privacy.IDENTITY else forget_in_text(digits, text)
+
+    return _rewrite(body, forget)
 
 
 def digest_number(digits: str) -> str:

@@ -31,7 +31,8 @@ from sqlalchemy import (
 )
 
 from voicetx import auth, privacy, tallies
-from voicetx.schema import access_token, audit_record, deployment, voice_transaction, voice_update
+from voicetx.contract import PRIVACY, Privacy
+from voicetx.schema import FIELD_NAMES, access_token, audit_record, deployment, voice_transaction, voice_update
 from voicetx.store import UNASSIGNED, Store, ValueRefused, match_ids
 from voicetx.tallies import ERASED_KEY, Sent
 
@@ -42,8 +43,8 @@ _TRANSACTIONS_AT_ONCE = 1_000
 _UPDATES_AT_ONCE = 5_000
 _BODIES_AT_ONCE = 500
 _MOST_PASSES = 10
-_TEXTS = ("dtmf_digits", "voice_tag", "drop_reason", "message", "a_party", "b_party")
-"""The fields that may hold a number; the others are codes and times."""
+_TEXTS = tuple(name for name in FIELD_NAMES if PRIVACY[name] is not Privacy.NOTHING)
+"""The fields that may hold a number."""
 
 
 class StillReported(Exception):  # noqa: N818 - a state of the world, named as one
@@ -374,12 +375,12 @@ def _mask_transaction(digits: str, row: Any) -> _Masking | None:
     masked = {name: text for name, text in forgotten.items() if text != texts[name]}
     if not masked:
         return None
-    if digits_left := masked.get("dtmf_digits"):
-        # An asterisk is a key, and nobody pressed these.
-        masked["dtmf_digits"] = "".join(
-            left if left == pressed else ERASED_KEY
-            for pressed, left in zip(texts["dtmf_digits"], digits_left, strict=True)
-        )
+    for name, keys_left in masked.items():
+        if PRIVACY[name] is Privacy.KEYS:
+            # An asterisk is a key, and nobody pressed these.
+            masked[name] = "".join(
+                left if left == pressed else ERASED_KEY for pressed, left in zip(texts[name], keys_left, strict=True)
+            )
     held = {name: texts[name] for name in masked}
     return _Masking(voice_transaction, {"transaction_id": row.transaction_id}, held, masked)
 
