@@ -1,18 +1,21 @@
 """What is believed of a credential, and how long: the authenticator on a real database, with a clock of the test's."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from voicetx import auth
+from voicetx import activity, auth
 from voicetx.auth import ApiUser, Authenticator, Grant
 from voicetx.errors import Rejected
+from voicetx.services import Services
 from voicetx.settings import Settings
-from voicetx.store import Store, StoreUnavailable
+from voicetx.store import Store, StoreUnavailable, note_keys
 from voicetx.throttle import Throttle
 
 pytestmark = pytest.mark.anyio
@@ -156,3 +159,91 @@ async def test_a_token_that_is_deleted_while_it_is_looked_up_is_not_believed(
     await closing
     await gate.await_lookups()
     assert gate.recall() is None
+
+
+MINUTE_MS = 60_000
+NOON_MS = 29_600_000 * MINUTE_MS
+
+
+@pytest.fixture
+def clock(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that sets the clock, which is at noon first; nothing was noted before."""
+
+    def set_clock(now_ms: int) -> None:
+        monkeypatch.setattr(auth.time, "time_ns", lambda: now_ms * 1_000_000)
+
+    set_clock(NOON_MS)
+    gate.authenticator._noted.clear()
+    activity.take()
+    return set_clock
+
+
+async def use(gate: Gate) -> dict[bytes, int]:
+    """Use the credential when it is believed no longer, and return what was noted of keys."""
+    gate.now += BELIEVED_SECONDS + 1
+    await gate.authenticate()
+    return activity.take().keys
+
+
+async def test_a_key_in_use_is_noted_once_a_minute(gate: Gate, clock: Callable[[int], None]) -> None:
+    """Of a key that is used all the time each minute is noted once, by its beginning."""
+    noted = []
+    for seconds in range(0, 150, 3):
+        clock(NOON_MS + seconds * 1000 + 999)
+        noted += (await use(gate)).items()
+    digest = hashlib.sha256(gate.key.encode()).digest()
+    assert noted == [(digest, NOON_MS), (digest, NOON_MS + MINUTE_MS), (digest, NOON_MS + 2 * MINUTE_MS)]
+
+
+async def test_what_another_process_noted_is_not_noted_again(gate: Gate, clock: Callable[[int], None]) -> None:
+    """A process that finds the minute of a key's use on disk leaves it at that, and never writes an earlier one."""
+    keys = await use(gate)
+    await gate.store.write(lambda connection: note_keys(connection, keys))
+    gate.authenticator._noted.clear()
+    assert await use(gate) == {}
+    (digest,) = keys
+    for minute_ms in (NOON_MS + MINUTE_MS, NOON_MS):
+        await gate.store.write(lambda connection, to=minute_ms: note_keys(connection, {digest: to}))  # type: ignore[misc]
+    (key,) = (await gate.store.read(lambda connection: auth.find_user(connection, "dialer"))).keys
+    assert key.last_used_at_ms == NOON_MS + MINUTE_MS
+
+
+async def test_what_a_token_does_its_key_does(gate: Gate, clock: Callable[[int], None]) -> None:
+    """The use of an access token is noted of the key that it was got with; that of an expired one is none."""
+    digest = hashlib.sha256(gate.key.encode()).digest()
+    gate.key = (await gate.authenticator.open_session(gate.key, "127.0.0.1")).access_token
+    activity.take()
+    clock(NOON_MS + MINUTE_MS)
+    assert await use(gate) == {digest: NOON_MS + MINUTE_MS}
+    clock(NOON_MS + 1000 * MINUTE_MS)
+    with pytest.raises(Rejected):
+        await use(gate)
+    assert activity.take().keys == {}
+
+
+async def test_a_use_that_could_not_be_kept_is_kept_later(gate: Gate, clock: Callable[[int], None]) -> None:
+    """While nothing can be written the last minute of a key's use is remembered, and nobody waits for it."""
+    first = activity.take()
+    first.keys.update(await use(gate))
+    clock(NOON_MS + MINUTE_MS)
+    second = activity.Activity(Counter(), Counter(), Counter(await use(gate)))
+    (digest,) = second.keys
+    for counts in (second, first):
+        activity.give_back(counts)
+    assert activity.take().keys == {digest: NOON_MS + MINUTE_MS}
+
+
+async def test_a_service_keeps_when_a_key_was_used(database_url: str) -> None:
+    """What was used is on disk when the service has ended."""
+    services = await Services.start(Settings(_env_file=None, database_url=database_url))
+    _, key = await services.store.write(lambda connection: auth.add_user(connection, "dialer", []))
+    await services.store.write(lambda connection: auth.add_key(connection, auth.find_user(connection, "dialer")))
+    began_ms = auth.time.time_ns() // 1_000_000
+    await services.authenticator.authenticate(f"Bearer {key}".encode(), "127.0.0.1")
+    await services.close()
+    store = Store(database_url)
+    used, other = (await store.read(lambda connection: auth.find_user(connection, "dialer"))).keys
+    await store.close()
+    assert used.last_used_at_ms in {began_ms // MINUTE_MS * MINUTE_MS, (began_ms // MINUTE_MS + 1) * MINUTE_MS}
+    assert used.created_at_ms <= began_ms
+    assert (other.slot, other.last_used_at_ms) == (2, None)

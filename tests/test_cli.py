@@ -15,7 +15,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -86,7 +86,10 @@ def test_the_life_of_an_api_user(database_url: str) -> None:
     assert (added["name"], added["grants"]) == ("dialer", ["transactions:update"])
     shown = json.loads(run(database_url, "user", "show", "dialer", "--json"))
     assert (shown["keys"], shown["limit"], shown["time_zone"]) == ([1], "5/second", "Europe/Berlin")
+    (first,) = shown.pop("secret_keys")
     assert json.loads(run(database_url, "user", "list", "--json")) == [shown]
+    assert (first["slot"], first["last_used_at"]) == (1, None)
+    assert f"key 1       made {first['created_at']}, never used\n" in run(database_url, "user", "show", "dialer")
     assert added["secret_key"] not in json.dumps(shown)
     run(database_url, "user", "grant", added["api_key_id"], "transactions:read")
     run(database_url, "user", "revoke", "dialer", "transactions:update")
@@ -99,6 +102,31 @@ def test_the_life_of_an_api_user(database_url: str) -> None:
     assert "no secret key 2" in fail(database_url, "key", "delete", "dialer", "2")
     run(database_url, "user", "delete", "dialer")
     assert json.loads(run(database_url, "user", "list", "--json")) == []
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_no_table_cuts_what_it_shows(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However narrow the terminal, each row of a table is one line, with every id and name in it whole."""
+    monkeypatch.setenv("COLUMNS", "20")
+    deployment_id, name, user = "d" * 128, "\u540d" * 256, "u" * 128
+    run(database_url, "deployment", "create", deployment_id, "--name", name)
+    api_key_id = json.loads(run(database_url, "user", "add", user, "--limit", "100 per 5 seconds", "--json"))[
+        "api_key_id"
+    ]
+    run(database_url, "user", "grant", user, "transactions:read")
+    (transaction_id,) = run(database_url, "deployment", "mint", deployment_id, "1").split()
+    body = make_body(transaction_id, message="a message of many words " * 40)
+    received = Received(parse(encode(body)), UUID(api_key_id), 1)
+    run_on(database_url, lambda connection: commit_batch(connection, [received]))
+    heading, row = run(database_url, "deployment", "list").splitlines()
+    assert re.fullmatch(rf"{deployment_id} +{name} +1 +1 +\S+", row)
+    assert heading.split() == ["id", "name", "transactions", "reported", "created_at"]
+    assert re.fullmatch(
+        rf"{user} +{api_key_id} +transactions:read +1 +100 per 5 seconds",
+        run(database_url, "user", "list").splitlines()[1],
+    )
+    assert json.dumps(body) in run(database_url, "transaction", "show", transaction_id).splitlines()[-1]
+    assert re.search(rf"^{user} +1$", run(database_url, "deployment", "show", deployment_id), re.MULTILINE)
 
 
 @pytest.mark.parametrize(

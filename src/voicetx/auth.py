@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, insert, literal, select, update
 
+from voicetx import activity
 from voicetx.errors import Refusal, Rejected
 from voicetx.schema import access_token, api_secret, api_user
 from voicetx.settings import Settings, check_limit, check_time_zone
@@ -31,6 +32,7 @@ TOKEN_PREFIX = "vat_"  # noqa: S105 - the same for access tokens
 _SLOTS = (1, 2)
 _NAME_LENGTH = 128
 _CACHE_SIZE = 10_000
+_MINUTE_MS = 60_000
 _KEEP_EXPIRED_MS = 86_400_000  # an expired token stays recognisable for a day: no guess, and not counted as one
 
 
@@ -48,10 +50,20 @@ class AdministrationError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class SecretKey:
+    """What is known of a secret key; `last_used_at_ms`, to the minute, is None where it never was used."""
+
+    slot: int
+    created_at_ms: int
+    last_used_at_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class ApiUser:
     """An API user as every step after authentication sees it.
 
-    `time_zone` and `call_limit` are None where the settings' defaults hold. `key_slots` says which secret keys exist.
+    `time_zone` and `call_limit` are None where the settings' defaults hold. `keys` are its secret keys, for those who
+    administer.
     """
 
     api_key_id: UUID
@@ -60,7 +72,12 @@ class ApiUser:
     time_zone: str | None = None
     call_limit: str | None = None
     created_at_ms: int = 0
-    key_slots: tuple[int, ...] = ()
+    keys: tuple[SecretKey, ...] = ()
+
+    @property
+    def key_slots(self) -> tuple[int, ...]:
+        """Say which secret keys exist."""
+        return tuple(key.slot for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +104,9 @@ class Authenticator:
     So a revocation takes effect in every process within that time. Where a credential is used towards its end, the
     database is asked again meanwhile, so that those who send all the time never wait for it together.
 
+    When a secret key was last used, by itself or by a token got with it, is noted where it is looked up, and kept by
+    whoever keeps the process's activity: once a minute, and by others only where no other process has.
+
     Failed sign-ins are counted by client address and refused past a limit; credentials that were seen to be good are
     exempt, so that one misconfigured dialer does not lock out its neighbours behind the same address.
     """
@@ -99,6 +119,7 @@ class Authenticator:
         self._session_lifetime_seconds = settings.session_lifetime_seconds
         self._found: dict[bytes, _Found] = {}
         self._lookups: dict[bytes, asyncio.Task[_Found | None]] = {}
+        self._noted: dict[bytes, int] = {}
 
     def recall(self, credential_digest: bytes) -> ApiUser | None:
         """Return the user of a credential that was looked up a moment ago, or None; waits for nobody."""
@@ -222,7 +243,18 @@ class Authenticator:
         if len(self._found) >= _CACHE_SIZE:
             self._found.clear()
         self._found[digest] = found
+        if not _has_expired(found):
+            self._note_use(row.secret_digest, row.last_used_at_ms)
         return found
+
+    def _note_use(self, secret_digest: bytes, known_ms: int | None) -> None:
+        minute_ms = _now_ms() // _MINUTE_MS * _MINUTE_MS
+        if max(known_ms or 0, self._noted.get(secret_digest, 0)) >= minute_ms:
+            return
+        if len(self._noted) >= _CACHE_SIZE:
+            self._noted.clear()
+        self._noted[secret_digest] = minute_ms
+        activity.note_key(secret_digest, minute_ms)
 
     def _forget_lookup(self, digest: bytes, lookup: "asyncio.Task[_Found | None]") -> None:
         del self._lookups[digest]
@@ -258,23 +290,26 @@ def _digest(credential: str) -> bytes:
     return hashlib.sha256(credential.encode()).digest()
 
 
+_USE = (api_secret.c.digest.label("secret_digest"), api_secret.c.last_used_at_ms)
+
+
 def _select_credential(connection: Connection, digest: bytes, *, is_token: bool) -> Row[Any] | None:
     if is_token:
         statement = (
-            select(api_user, access_token.c.digest, access_token.c.expires_at_ms)
+            select(api_user, access_token.c.digest, access_token.c.expires_at_ms, *_USE)
             .select_from(access_token.join(api_secret).join(api_user))
             .where(access_token.c.digest == digest)
         )
     else:
         statement = (
-            select(api_user, api_secret.c.digest, literal(None).label("expires_at_ms"))
+            select(api_user, api_secret.c.digest, literal(None).label("expires_at_ms"), *_USE)
             .select_from(api_secret.join(api_user))
             .where(api_secret.c.digest == digest)
         )
     return connection.execute(statement).one_or_none()
 
 
-def _to_user(row: Row[Any], key_slots: Iterable[int] = ()) -> ApiUser:
+def _to_user(row: Row[Any], keys: Iterable[SecretKey] = ()) -> ApiUser:
     return ApiUser(
         api_key_id=row.api_key_id,
         name=row.name,
@@ -282,7 +317,7 @@ def _to_user(row: Row[Any], key_slots: Iterable[int] = ()) -> ApiUser:
         time_zone=row.time_zone,
         call_limit=row.call_limit,
         created_at_ms=row.created_at_ms,
-        key_slots=tuple(key_slots),
+        keys=tuple(keys),
     )
 
 
@@ -327,13 +362,11 @@ def match_expired_tokens() -> ColumnElement[bool]:
 
 def list_users(connection: Connection) -> list[ApiUser]:
     """Return every API user, by name."""
-    slots: dict[UUID, list[int]] = {}
-    for api_key_id, slot in connection.execute(
-        select(api_secret.c.api_key_id, api_secret.c.slot).order_by(api_secret.c.slot)
-    ):
-        slots.setdefault(api_key_id, []).append(slot)
+    keys: dict[UUID, list[SecretKey]] = {}
+    for row in connection.execute(select(api_secret).order_by(api_secret.c.slot)):
+        keys.setdefault(row.api_key_id, []).append(_to_key(row))
     return [
-        _to_user(row, slots.get(row.api_key_id, ()))
+        _to_user(row, keys.get(row.api_key_id, ()))
         for row in connection.execute(select(api_user).order_by(api_user.c.name))
     ]
 
@@ -343,10 +376,14 @@ def find_user(connection: Connection, name_or_id: str) -> ApiUser:
     row = connection.execute(select(api_user).where(_matches(name_or_id))).one_or_none()
     if row is None:
         raise AdministrationError(f"There is no API user {name_or_id}.")
-    slots = connection.execute(
-        select(api_secret.c.slot).where(api_secret.c.api_key_id == row.api_key_id).order_by(api_secret.c.slot)
-    ).scalars()
-    return _to_user(row, slots)
+    keys = connection.execute(
+        select(api_secret).where(api_secret.c.api_key_id == row.api_key_id).order_by(api_secret.c.slot)
+    )
+    return _to_user(row, map(_to_key, keys))
+
+
+def _to_key(row: Row[Any]) -> SecretKey:
+    return SecretKey(row.slot, row.created_at_ms, row.last_used_at_ms)
 
 
 def _matches(name_or_id: str) -> ColumnElement[bool]:

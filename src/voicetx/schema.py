@@ -58,6 +58,7 @@ api_secret = Table(
     Column("api_key_id", Uuid, ForeignKey("api_user.api_key_id", ondelete="CASCADE"), nullable=False),
     Column("slot", SmallInteger, nullable=False, comment="1 or 2"),
     Column("created_at_ms", BigInteger, nullable=False),
+    Column("last_used_at_ms", BigInteger, comment="by itself or by a token got with it, to the minute"),
     UniqueConstraint("api_key_id", "slot"),
 )
 

@@ -20,7 +20,7 @@ from voicetx.auth import Authenticator
 from voicetx.folding import fold
 from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Store, StoreUnavailable, ValueRefused, note_repeats, open_store
+from voicetx.store import Store, StoreUnavailable, ValueRefused, note_keys, note_repeats, open_store
 from voicetx.throttle import Throttle
 
 _FOLD_SECONDS = 3.0
@@ -105,3 +105,6 @@ async def _keep(store: Store, counts: Activity) -> None:
         await store.write_beside(partial(note_repeats, repeats=repeats))
         for key in repeats:
             del counts.repeats[key]
+    if counts.keys:
+        await store.write_beside(partial(note_keys, keys=counts.keys))
+        counts.keys.clear()

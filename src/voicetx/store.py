@@ -38,8 +38,10 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     true,
+    update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
@@ -50,7 +52,7 @@ from voicetx import tallies
 from voicetx.contract import Position, Update
 from voicetx.merge import Transaction
 from voicetx.own_process import OwnProcess, ProcessLost
-from voicetx.schema import FIELD_NAMES, deployment, tally_change, voice_transaction
+from voicetx.schema import FIELD_NAMES, api_secret, deployment, tally_change, voice_transaction
 from voicetx.settings import Settings
 from voicetx.tallies import Sent
 
@@ -678,6 +680,18 @@ def note_repeats(connection: Connection, repeats: Mapping[tuple[str, bytes], int
         connection.exec_driver_sql(_ADD_REPEATS, (_dump(rows),))
     else:
         connection.exec_driver_sql(_ADD_REPEAT, [tuple(row.values()) for row in rows])
+
+
+def note_keys(connection: Connection, keys: Mapping[bytes, int]) -> None:
+    """Note when secret keys, given by their digests, were last used; a later use that is noted already stays."""
+    columns = api_secret.c
+    is_later = or_(columns.last_used_at_ms.is_(None), columns.last_used_at_ms < bindparam("minute_ms"))
+    noted = update(api_secret).where(columns.digest == bindparam("secret_digest"), is_later)
+    connection.execute(
+        noted.values(last_used_at_ms=bindparam("minute_ms")),
+        # In one order, so that two processes never wait for each other.
+        [{"secret_digest": digest, "minute_ms": minute_ms} for digest, minute_ms in sorted(keys.items())],
+    )
 
 
 _ROW: Mapping[str, str] = {

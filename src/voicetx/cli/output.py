@@ -9,9 +9,9 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeElapsedColumn
-from rich.table import Table
 from sqlalchemy import Connection
 
 from voicetx import migrations
@@ -69,17 +69,24 @@ def print_json(value: Any) -> None:
 def print_table(
     columns: Sequence[str], rows: Sequence[Mapping[str, Any]], right: Collection[str] = frozenset()
 ) -> None:
-    """Print rows as a table; the columns name the rows' keys, and those of `right` are numbers."""
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left")
-    for row in rows:
-        table.add_row(*("" if row[name] is None else _show(row[name]) for name in columns))
-    Console(highlight=False, markup=False).print(table)
+    """Print rows as a table; the columns name the rows' keys, and those of `right` are numbers.
+
+    A row is one line and nothing in it is cut, on a terminal of whatever width too: what is shown can be copied.
+    """
+    cells = [list(columns), *([_show(row[name]) for name in columns] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        padded = (
+            " " * (width - cell_len(cell)) + cell if name in right else cell + " " * (width - cell_len(cell))
+            for name, cell, width in zip(columns, line, widths, strict=True)
+        )
+        typer.echo("  ".join(padded).rstrip())
 
 
 def _show(value: Any) -> str:
-    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    if value is None:
+        return ""
+    return printable(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ import typer
 from sqlalchemy import Connection
 
 from voicetx import auth
-from voicetx.auth import ApiUser, Grant
+from voicetx.auth import ApiUser, Grant, SecretKey
 from voicetx.cli.output import AsJson, print_json, print_table, printable, write
 from voicetx.reports import describe_user, format_time, report_users
 
@@ -63,14 +63,19 @@ def list_users(as_json: AsJson = False) -> None:
 
 @users.command("show")
 def show_user(user: User, as_json: AsJson = False) -> None:
-    """Show an API user."""
-    row = _describe(write(lambda connection: auth.find_user(connection, user)))
+    """Show an API user, and when each of its secret keys was made and last used (to the minute)."""
+    found = write(lambda connection: auth.find_user(connection, user))
+    row = _describe(found)
+    secret_keys = [_describe_key(key) for key in found.keys]
     if as_json:
-        print_json(row)
+        print_json({**row, "secret_keys": secret_keys})
         return
     for name, value in row.items():
         shown = " ".join(str(item) for item in value) if isinstance(value, list) else value
         typer.echo(f"{name:<12}{'' if shown is None else shown}".rstrip())
+    for key in secret_keys:
+        used = key["last_used_at"]
+        typer.echo(f"key {key['slot']:<8}made {key['created_at']}, {f'last used {used}' if used else 'never used'}")
 
 
 @users.command("activity")
@@ -155,4 +160,12 @@ def _describe(user: ApiUser) -> dict[str, Any]:
         "limit": user.call_limit,
         "time_zone": user.time_zone,
         "created_at": format_time(user.created_at_ms),
+    }
+
+
+def _describe_key(key: SecretKey) -> dict[str, Any]:
+    return {
+        "slot": key.slot,
+        "created_at": format_time(key.created_at_ms),
+        "last_used_at": format_time(key.last_used_at_ms) if key.last_used_at_ms is not None else None,
     }
