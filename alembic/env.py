@@ -7,11 +7,13 @@ VOICETX_DATABASE_URL.
 import asyncio
 
 from alembic import context
+from alembic.util import CommandError
+from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from voicetx.schema import metadata
-from voicetx.settings import Settings
-from voicetx.store import Store
+from voicetx.settings import Settings, describe_faults
+from voicetx.store import StoreUnavailable, open_store
 
 
 def run(connection: Connection) -> None:
@@ -28,9 +30,14 @@ def run(connection: Connection) -> None:
 
 async def run_alone() -> None:
     """Run them on a connection of our own."""
-    store = Store(Settings().database_url.get_secret_value())
+    try:
+        store = open_store(Settings(), is_patient=True)
+    except ValidationError as error:
+        raise CommandError(" ".join(describe_faults(error))) from None
     try:
         await store.write(run)
+    except StoreUnavailable as error:
+        raise CommandError(f"The database cannot be used: {error}.") from None
     finally:
         await store.close()
 

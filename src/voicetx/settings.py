@@ -11,8 +11,10 @@ from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
 from limits import parse_many
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from voicetx.addresses import read_database_url
 
 
 class UnknownTransactions(StrEnum):
@@ -59,10 +61,7 @@ def check_time_zone(text: str) -> str:
 
 def check_database_url(url: SecretStr) -> SecretStr:
     """Return `url` if it names a database file or a PostgreSQL server; raises ValueError with a sentence otherwise."""
-    text = url.get_secret_value()
-    is_file = text.startswith("sqlite:///") and text != "sqlite:///" and ":memory:" not in text
-    if not is_file and not text.startswith(("postgresql://", "postgres://")):
-        raise ValueError("a database is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
+    read_database_url(url.get_secret_value())
     return url
 
 
@@ -100,7 +99,12 @@ class Settings(BaseSettings):
     """The settings of one process; built once, at start, and handed down."""
 
     model_config = SettingsConfigDict(
-        env_prefix="VOICETX_", env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+        env_prefix="VOICETX_",
+        env_file=".env",
+        env_file_encoding="utf-8",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
     database_url: Annotated[SecretStr, AfterValidator(check_database_url)] = Field(
@@ -184,3 +188,12 @@ class Settings(BaseSettings):
     log_level: LogLevel = Field(
         LogLevel.INFO, description="Log lines: all, one a request among them (info), or what to watch for (warning)."
     )
+
+
+def describe_faults(error: ValidationError) -> list[str]:
+    """Return a sentence for each setting at fault, which names its variable and never its value."""
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    return [
+        f"VOICETX_{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg'].removeprefix('Value error, ')}."
+        for fault in faults
+    ]

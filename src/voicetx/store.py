@@ -17,13 +17,13 @@ from contextlib import AsyncExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
 import asyncpg
 import orjson
 from sqlalchemy import (
     ARRAY,
+    URL,
     BigInteger,
     ColumnElement,
     Connection,
@@ -49,6 +49,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
 from voicetx import tallies
+from voicetx.addresses import FileAddress, ServerAddress, read_database_url
 from voicetx.contract import Position, Update
 from voicetx.merge import Transaction
 from voicetx.own_process import OwnProcess, ProcessLost
@@ -100,9 +101,9 @@ class ValueRefused(Exception):  # noqa: N818 - what happened to the work
 class Store:
     """One process's way to its database.
 
-    `database_url` is `sqlite:///FILE` or `postgresql://...` as libpq writes it. Statements and connects take at most
-    `timeout_seconds` each. With `has_writer` a file is written in steps by a process of its own, so that the event loop
-    does not wait for it. With `is_patient`, for work that nobody waits for, statements take as long as they take.
+    `database_url` is as `read_database_url` has it. Statements and connects take at most `timeout_seconds` each. With
+    `has_writer` a file is written in steps by a process of its own, so that the event loop does not wait for it. With
+    `is_patient`, for work that nobody waits for, statements take as long as they take.
     Construct it anywhere; use it on one event loop; `close` it there.
     """
 
@@ -115,15 +116,15 @@ class Store:
         has_writer: bool = False,
         is_patient: bool = False,
     ) -> None:
-        self.is_embedded = database_url.startswith("sqlite:")
+        address = read_database_url(database_url)
+        self.is_embedded = isinstance(address, FileAddress)
         self._timeout_seconds = timeout_seconds
         self._database: _Embedded | _Server
-        if self.is_embedded:
-            path = database_url.removeprefix("sqlite:///")
+        if isinstance(address, FileAddress):
             wait_seconds = _PATIENCE_SECONDS if is_patient else timeout_seconds
-            self._database = _Embedded(path, pool_size, wait_seconds, OwnProcess() if has_writer else None)
+            self._database = _Embedded(address.path, pool_size, wait_seconds, OwnProcess() if has_writer else None)
         else:
-            self._database = _Server(database_url, pool_size, timeout_seconds, is_patient=is_patient)
+            self._database = _Server(address, pool_size, timeout_seconds, is_patient=is_patient)
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own and return its result once that is committed.
@@ -196,7 +197,7 @@ class _Embedded:
     the statements. Where there is a process that writes, batches go there (docs/decisions/0015-writer-process.md).
     """
 
-    def __init__(self, path: str, pool_size: int, timeout_seconds: float, process: OwnProcess | None) -> None:
+    def __init__(self, path: Path, pool_size: int, timeout_seconds: float, process: OwnProcess | None) -> None:
         self._path = path
         self._timeout_seconds = timeout_seconds
         self._process = process
@@ -239,7 +240,7 @@ def _transact(engine: Engine, work: Callable[[Connection], T]) -> T:
         return work(connection)
 
 
-def _write_file(path: str, timeout_seconds: float, sent_at: float, work: Callable[[Connection], T]) -> T:
+def _write_file(path: Path, timeout_seconds: float, sent_at: float, work: Callable[[Connection], T]) -> T:
     """Run work in a transaction of its own; called in the process that writes.
 
     What was sent longer ago than `timeout_seconds` is not done: behind a lock, each that waits would wait for it once
@@ -251,12 +252,12 @@ def _write_file(path: str, timeout_seconds: float, sent_at: float, work: Callabl
     return _transact(writer, work)
 
 
-def _make_sqlite_writer(path: str, timeout_seconds: float) -> Engine:
+def _make_sqlite_writer(path: Path, timeout_seconds: float) -> Engine:
     return _make_sqlite_engine(path, "BEGIN IMMEDIATE", 1, timeout_seconds, _WRITER_PRAGMAS)
 
 
 @cache
-def _open_writer(path: str, timeout_seconds: float) -> tuple[Engine, float]:
+def _open_writer(path: Path, timeout_seconds: float) -> tuple[Engine, float]:
     """Return what writes here, and when it was made, by a clock that all processes share."""
     return _make_sqlite_writer(path, timeout_seconds), time.monotonic()
 
@@ -269,11 +270,11 @@ class _Server:
     are then locked in the order in which they are sent, by everybody.
     """
 
-    def __init__(self, database_url: str, pool_size: int, timeout_seconds: float, *, is_patient: bool) -> None:
+    def __init__(self, address: ServerAddress, pool_size: int, timeout_seconds: float, *, is_patient: bool) -> None:
         self._timeout_seconds = timeout_seconds
         statement_seconds = None if is_patient else timeout_seconds
-        self._engine = _make_postgresql_engine(database_url, pool_size, timeout_seconds, statement_seconds)
-        steps = _make_postgresql_engine(database_url, 1, timeout_seconds, statement_seconds, _PLAN_BY_KEY)
+        self._engine = _make_postgresql_engine(address, pool_size, timeout_seconds, statement_seconds)
+        steps = _make_postgresql_engine(address, 1, timeout_seconds, statement_seconds, _PLAN_BY_KEY)
         self._in_steps = steps.execution_options(isolation_level="AUTOCOMMIT")
         self._step = asyncio.Lock()
         self._kept: AsyncConnection | None = None
@@ -337,10 +338,10 @@ _WRITER_PRAGMAS = ("cache_size=-65536", "wal_autocheckpoint=8000")
 
 
 def _make_sqlite_engine(
-    path: str, begin: str, pool_size: int, timeout_seconds: float, pragmas: Iterable[str] = ()
+    path: Path, begin: str, pool_size: int, timeout_seconds: float, pragmas: Iterable[str] = ()
 ) -> Engine:
     engine = create_engine(
-        f"sqlite:///{path}",
+        URL.create("sqlite", database=str(path)),
         poolclass=QueuePool,
         pool_size=pool_size,
         max_overflow=0,
@@ -351,7 +352,7 @@ def _make_sqlite_engine(
 
     @event.listens_for(engine, "do_connect")
     def _make_file(*_: object) -> None:
-        _make_private_file(Path(path))
+        _make_private_file(path)
 
     @event.listens_for(engine, "connect")
     def _prepare(dbapi_connection: Any, _record: object) -> None:
@@ -369,7 +370,8 @@ def _make_private_file(path: Path) -> None:
     """Make a new embedded database readable by its owner only; SQLite gives its side files the same mode."""
     if not path.exists():
         with suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            # As SQLite, at the end of a symbolic link.
+            os.close(os.open(path.resolve(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 # Acknowledged means on disk, whatever a role or a database is set to; settings that ask for more than that stay.
@@ -385,7 +387,7 @@ _PLAN_BY_KEY = (
 
 
 def _make_postgresql_engine(
-    database_url: str,
+    address: ServerAddress,
     pool_size: int,
     timeout_seconds: float,
     statement_seconds: float | None,
@@ -394,24 +396,24 @@ def _make_postgresql_engine(
     # It brings SQLAlchemy's ORM along: what works on a file starts faster without.
     from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
 
-    urls = _split_hosts(database_url)
+    # asyncpg would give the first of several hosts all the time there is: where that one hangs, no other is asked.
+    connect_seconds = min(timeout_seconds / len(address.hosts), address.connect_timeout_seconds or timeout_seconds)
 
     async def connect(**_: object) -> Any:
         errors: list[Exception] = []
-        for url in urls:
+        for options in address.list_connections():
             try:
-                return await connect_to(url)
+                return await connect_to(options)
             except _NOT_THIS_HOST as error:
                 errors.append(error)
         raise errors[-1]
 
-    async def connect_to(url: str) -> Any:
-        # asyncpg reads the URL itself: all of libpq's forms, TLS options among them.
+    async def connect_to(options: Mapping[str, Any]) -> Any:
         connection = await asyncpg.connect(
-            dsn=url,
-            timeout=timeout_seconds / len(urls),
+            **options,
+            timeout=connect_seconds,
             command_timeout=statement_seconds,
-            server_settings={"application_name": "voicetx"},
+            server_settings={**address.server_settings},
         )
         try:
             await connection.execute(f"{_COMMIT_TO_DISK}; {preparation}")
@@ -431,18 +433,6 @@ def _make_postgresql_engine(
     )
     _leave_what_is_read_only(engine.sync_engine)
     return engine
-
-
-def _split_hosts(database_url: str) -> list[str]:
-    """Return a URL for each host that a URL names.
-
-    asyncpg would give the first of several hosts all the time there is: where that one hangs, no other is asked.
-    """
-    address = urlsplit(database_url)
-    credentials, at, hosts = address.netloc.rpartition("@")
-    if "," not in hosts:
-        return [database_url]
-    return [urlunsplit(address._replace(netloc=f"{credentials}{at}{host}")) for host in hosts.split(",")]
 
 
 def _leave_what_is_read_only(engine: Engine) -> None:

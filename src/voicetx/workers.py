@@ -18,6 +18,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.multiprocess import Process
 
+from voicetx.addresses import FileAddress, read_database_url
 from voicetx.http_protocol import ContractProtocol
 from voicetx.settings import Settings
 from voicetx.throttle import COUNTS_FILE_VARIABLE
@@ -36,7 +37,7 @@ def count_workers(settings: Settings) -> int:
     """
     if settings.workers > 0:
         return settings.workers
-    if settings.database_url.get_secret_value().startswith("sqlite:"):
+    if isinstance(read_database_url(settings.database_url.get_secret_value()), FileAddress):
         return 1
     return max(1, min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)) if _HAS_SHARED_PORTS else os.cpu_count() or 1))
 

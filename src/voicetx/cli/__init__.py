@@ -14,6 +14,7 @@ from voicetx.cli import database, deployments, listings, retention, send, serve,
 from voicetx.cli.output import CommandError, complain
 from voicetx.deployments import DeploymentError
 from voicetx.migrations import SchemaOutdated
+from voicetx.settings import describe_faults
 from voicetx.store import StoreUnavailable, ValueRefused
 
 app = typer.Typer(
@@ -47,9 +48,8 @@ def main() -> None:
     except (AdministrationError, DeploymentError, SchemaOutdated, CommandError) as error:
         complain(str(error))
     except ValidationError as error:
-        for fault in error.errors(include_url=False, include_input=False, include_context=False):
-            name = "_".join(str(part) for part in fault["loc"]).upper()
-            complain(f"VOICETX_{name}: {fault['msg'].removeprefix('Value error, ')}.")
+        for sentence in describe_faults(error):
+            complain(sentence)
     except StoreUnavailable as error:
         complain(f"The database cannot be used: {error}. VOICETX_DATABASE_URL says where it is.")
     except ValueRefused as error:

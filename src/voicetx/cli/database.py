@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from voicetx import migrations
+from voicetx.addresses import FileAddress, read_database_url
 from voicetx.backup import BackupRefused, back_up
 from voicetx.cli.output import CommandError, follow_progress
 from voicetx.settings import Settings
@@ -51,8 +52,8 @@ def check() -> None:
 @app.command("backup")
 def backup(file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; it must not be there yet.")]) -> None:
     """Copy a SQLite database to a file, while the service runs; the copy is a database, readable by its owner only."""
-    address = Settings().database_url.get_secret_value()
-    if not address.startswith("sqlite:///"):
+    address = read_database_url(Settings().database_url.get_secret_value())
+    if not isinstance(address, FileAddress):
         raise CommandError("PostgreSQL has its own tools: use pg_dump, or pg_basebackup and an archive of its log.")
     try:
         with ExitStack() as stack:
@@ -64,7 +65,7 @@ def backup(file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; 
                 advance(total)(done - shown)
                 shown = done
 
-            back_up(Path(address.removeprefix("sqlite:///")), file, follow)
+            back_up(address.path, file, follow)
     except BackupRefused as error:
         raise CommandError(str(error)) from error
     except sqlite3.Error as error:

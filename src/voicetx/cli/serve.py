@@ -13,6 +13,7 @@ import typer
 from sqlalchemy import Connection
 
 from voicetx import auth, deployments, migrations
+from voicetx.addresses import FileAddress
 from voicetx.auth import AdministrationError, Grant
 from voicetx.cli.output import CommandError, write
 from voicetx.cli.simulate import accompany
@@ -85,7 +86,7 @@ def demo(
     Run again, it finds what is there. With --live only warnings are logged, so that what it prints can be read.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.environ["VOICETX_DATABASE_URL"] = f"sqlite:///{directory / 'demo.db'}"
+    os.environ["VOICETX_DATABASE_URL"] = FileAddress(directory / "demo.db").url
     os.environ.setdefault("VOICETX_LOG_FORMAT", LogFormat.TEXT)
     if live:
         os.environ.setdefault("VOICETX_LOG_LEVEL", LogLevel.WARNING)

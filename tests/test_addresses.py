@@ -1,0 +1,213 @@
+"""The URLs of the database and of Redis: read once and alike by everybody, or refused without a word of their text."""
+
+import asyncio
+import stat
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from platform_side import make_user
+from servers import PostgreSQL, clean_environment
+from test_cli import fail, run
+from voicetx.addresses import FileAddress, ServerAddress, read_database_url
+from voicetx.settings import Settings
+from voicetx.store import Store
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("sqlite:///my%20calls.db", "my calls.db"),
+        ("sqlite:///my calls.db", "my calls.db"),
+        ("sqlite:///100%25%3F#1.db", "100%?#1.db"),
+        ("sqlite:///%2541.db", "%41.db"),
+        ("sqlite:///file%3Aanrufe-%C3%A4.db", "file:anrufe-ä.db"),
+    ],
+)
+def test_a_file_has_one_name_for_everybody(url: str, name: str, tmp_path: Path) -> None:
+    """Whatever the name and however it is encoded, data and backup are of the one file, which only its owner reads."""
+    run(url, "db", "upgrade")
+    make_user(url)
+    assert {path.name for path in tmp_path.iterdir()} <= {name, f"{name}-wal", f"{name}-shm"}
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    run(url, "db", "backup", "backup.db")
+    assert "dialer" in run("sqlite:///backup.db", "user", "list")
+
+
+def test_a_file_behind_a_link_is_private(tmp_path: Path) -> None:
+    """A database made at the end of a symbolic link is readable by its owner only."""
+    (tmp_path / "link.db").symlink_to("real.db")
+    run("sqlite:///link.db", "db", "upgrade")
+    assert stat.S_IMODE((tmp_path / "real.db").stat().st_mode) == 0o600
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1), min_size=1))
+def test_a_file_written_as_url_is_read_as_the_same(names: list[str]) -> None:
+    """The URL that is made of a file's name names that file."""
+    address = FileAddress(Path("/", *names))
+    assert ":memory:" in address.url or read_database_url(address.url) == address
+
+
+UNREADABLE = [
+    "postgresql://user:pa/s3cret@host/name",
+    "postgresql://user:12/s3cret@host/name",
+    "postgresql://user:pa?s3cret@host/name",
+    "postgresql://user:12?s3cret=1@host/name",
+    "postgresql://user:12?s3cret@host/name",
+    "postgresql://user:pa#s3cret@host/name",
+    "postgresql://user:12#s3cret@host/name",
+    "postgresql://user:pa@host:s3cret/name",
+    "postgresql://user:pa@[s3cret/name",
+    "postgresql://user:pa%FFs3cret@host/name",
+    "postgresql://user:pa%00s3cret@host/name",
+    "postgresql://user:pa@host:123456789012345678901234567890/s3cret",
+    "postgresql+asyncpg://user:s3cret@host/name",
+    "s3cret",
+    "sqlite:///voicetx.db?s3cret=30",
+    "sqlite:///s3cret%FF.db",
+    "sqlite:////:memory:?s3cret",
+]
+
+
+@pytest.mark.parametrize("url", UNREADABLE)
+def test_a_url_that_cannot_be_read_is_a_sentence_without_its_text(url: str) -> None:
+    """Neither a command nor a traceback quotes any of a URL that cannot be read: it may be a piece of the password."""
+    printed = fail(url, "db", "check")
+    with pytest.raises(ValidationError) as refused:
+        Settings(_env_file=None, database_url=url)
+    told = "".join(traceback.format_exception(refused.value))
+    assert printed.startswith("VOICETX_DATABASE_URL: ")
+    assert len(printed.splitlines()) == 1
+    for text in (printed, told):
+        assert "s3cret" not in text
+        assert "12345" not in text
+
+
+def test_alembic_says_so_in_a_sentence() -> None:
+    """A URL that cannot be read is a sentence for alembic's own command too."""
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "current"],
+        cwd=ROOT,
+        env=clean_environment("postgresql://user:pa/s3cret@host/name"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "VOICETX_DATABASE_URL: this PostgreSQL URL cannot be read" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert "s3cret" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("password", ["pa[1]", "p@ss", "p:a:ss", "100%sure", "%2F%3f%23", "+ +"])
+def test_a_password_that_can_be_read_is(password: str) -> None:
+    """What is unambiguous in a password need not be percent-encoded, and what is encoded is decoded once."""
+    address = read_database_url(f"postgresql://user:{password}@host:5433/name")
+    assert isinstance(address, ServerAddress)
+    expected = {"%2F%3f%23": "/?#"}.get(password, password)
+    assert (address.user, address.password, address.database) == ("user", expected, "name")
+    assert address.hosts == (("host", 5433),)
+    assert expected not in repr(address)
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts"),
+    [
+        ("postgresql:///name", ((None, None),)),
+        ("postgresql://:5433/name", ((None, 5433),)),
+        ("postgresql://a:1,b,[::1]:3/name", (("a", 1), ("b", None), ("::1", 3))),
+        ("postgres://%2Frun%2Fpostgresql/name", (("/run/postgresql", None),)),
+        ("postgresql:///name?host=/run/postgresql", (("/run/postgresql", None),)),
+        ("postgresql:///name?host=a,b&port=1,2", (("a", 1), ("b", 2))),
+        ("postgresql:///name?host=a,::1&port=5", (("a", 5), ("::1", 5))),
+        ("postgresql://x/name?host=y", (("y", None),)),
+    ],
+)
+def test_hosts_are_named_before_the_path_or_after_it(url: str, hosts: tuple[Any, ...]) -> None:
+    """Hosts, ports and socket folders are read where libpq reads them; what the options say counts more."""
+    address = read_database_url(url)
+    assert isinstance(address, ServerAddress)
+    assert address.hosts == hosts
+
+
+FROM_A_PROVIDER = (
+    "connect_timeout=10&keepalives=1&keepalives_idle=30&keepalives_interval=10&keepalives_count=5&gssencmode=disable"
+    "&channel_binding=prefer&client_encoding=LATIN1&tcp_user_timeout=1000&sslmode=prefer&target_session_attrs=read-write"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (FROM_A_PROVIDER, "voicetx"),
+        ("fallback_application_name=other", "other"),
+        ("fallback_application_name=other&application_name=mine%20too", "mine too"),
+    ],
+)
+def test_options_of_libpq_are_taken(postgresql: PostgreSQL, options: str, name: str) -> None:
+    """A URL as libpq writes it reaches the server, and the session has the name that the URL gives it."""
+    queries = [f"{postgresql.url('template')}?{options}"]
+    queries.append(f"postgresql:///template?user=postgres&host=127.0.0.1,127.0.0.1&port=1,{postgresql.port}&{options}")
+    for url in queries:
+        shown = asyncio.run(ask(url, "SELECT current_setting('application_name')"))
+        assert shown == name
+
+
+def test_options_of_the_server_are_taken(postgresql: PostgreSQL) -> None:
+    """What `options` sets holds in the session."""
+    url = f"{postgresql.url('template')}?options=-c%20search_path%3Dvoices"
+    assert asyncio.run(ask(url, "SELECT current_setting('search_path')")) == "voices"
+
+
+async def ask(url: str, query: str) -> Any:
+    """Return the one value that a query asks for."""
+    store = Store(url)
+    try:
+        return await store.read(lambda connection: connection.exec_driver_sql(query).scalar())
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("channel_binding=require", "channel_binding"),
+        ("gssencmode=require", "gssencmode"),
+        ("hostaddr=127.0.0.1", "hostaddr"),
+        ("require_auth=scram-sha-256", "require_auth"),
+        ("load_balance_hosts=random", "load_balance_hosts"),
+        ("sslmode=on", "sslmode"),
+        ("target_session_attrs=leader", "target_session_attrs"),
+        ("ssl_min_protocol_version=SSLv3", "ssl_min_protocol_version"),
+        ("connect_timeout=soon", "connect_timeout"),
+        ("sslrootcert=system&sslmode=require", "sslrootcert=system"),
+        ("sslnegotiation=direct&sslmode=prefer", "sslnegotiation=direct"),
+        ("host=a,b&port=1,2,3", "one port"),
+        ("pool_size=5", "pool_size"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(options: str, named: str) -> None:
+    """An option or a value that would silently not hold is refused, with its name and never with its value."""
+    printed = fail(f"postgresql://user:s3cret@host/name?{options}", "db", "check")
+    assert named in printed
+    assert printed.startswith("VOICETX_DATABASE_URL: ")
+    assert "s3cret" not in printed
+
+
+def test_the_systems_certificates_are_trusted() -> None:
+    """With `sslrootcert=system` the server's certificate and name are verified with the system's authorities."""
+    address = read_database_url("postgresql://host/name?sslrootcert=system&target_session_attrs=any")
+    assert isinstance(address, ServerAddress)
+    (options,) = address.list_connections()
+    assert options["ssl"].check_hostname
+    assert options["ssl"].verify_mode.name == "CERT_REQUIRED"
+    assert options["dsn"] == "postgresql://?target_session_attrs=any"
