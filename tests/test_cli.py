@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections import Counter
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from voicetx.cli import main
 from voicetx.contract import parse
 from voicetx.deployments import list_deployments
 from voicetx.recording import commit_batch
+from voicetx.settings import Settings
 from voicetx.store import Received
 from voicetx.tallies import Measure
 
@@ -72,6 +74,57 @@ def fail(database_url: str, *arguments: str) -> str:
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.strip()
     return done.stderr
+
+
+def test_config_tells_what_is_in_force_and_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each setting has its value and source, the environment before the file; no password is shown."""
+    url = "postgresql://voicetx:s3cret%40@db-1,db-2:6432/calls?sslmode=require&sslpassword=s3cret2&p%61ssword=s3cret3"
+    Path(".env").write_text(
+        "VOICETX_PORT=9000\nVOICETX_HOST=127.0.0.2\nVOICETX_REDIS_URL=redis://:s3cret4@cache:6379/1\nPOSTGRES_PASSWORD=s3cret5\n"
+        "VOICETX_TIMEZON=Europe/Berlin\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("VOICETX_PORT", "9001")
+    monkeypatch.setenv("voicetx_log_level", "warning")
+    monkeypatch.setenv("VOICETX_THROTTEL", "s3cret6")
+    monkeypatch.setenv("VOICETX_SEND_KEY", "s3cret7")
+    found = json.loads(run(url, "config", "--json"))
+    shown = {row["setting"]: (row["value"], row["source"]) for row in found["settings"]}
+    hidden = "postgresql://voicetx:***@db-1,db-2:6432/calls?sslmode=require&sslpassword=***&p%61ssword=***"
+    assert {name: row for name, row in shown.items() if row[1] != "default"} == {
+        "VOICETX_DATABASE_URL": (hidden, "environment"),
+        "VOICETX_PORT": (9001, "environment"),
+        "VOICETX_LOG_LEVEL": ("warning", "environment"),
+        "VOICETX_HOST": ("127.0.0.2", ".env"),
+        "VOICETX_REDIS_URL": ("redis://:***@cache:6379/1", ".env"),
+    }
+    assert shown.keys() == {f"VOICETX_{name.upper()}" for name in Settings.model_fields}
+    assert shown["VOICETX_THROTTLE"] == ("200/second", "default")
+    assert found["unknown"] == [
+        {"name": "VOICETX_THROTTEL", "source": "environment"},
+        {"name": "VOICETX_TIMEZON", "source": ".env"},
+    ]
+    printed = invoke(url, "config")
+    assert re.search(r"^VOICETX_PORT +9001 +environment$", printed.stdout, re.MULTILINE)
+    assert printed.stderr.splitlines() == [
+        "VOICETX_THROTTEL (environment) is not known; is VOICETX_THROTTLE meant?",
+        "VOICETX_TIMEZON (.env) is not known; is VOICETX_TIMEZONE meant?",
+    ]
+    assert "s3cret" not in json.dumps(found) + printed.stdout + printed.stderr
+
+
+def test_the_program_says_which_release_it_is() -> None:
+    """`--version` prints the version that pyproject.toml names."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert run("", "--version") == f"voicetx {project['version']}\n"
+
+
+def test_a_shell_is_told_how_to_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completion is offered: the script for a shell, and what an incomplete line may go on with."""
+    monkeypatch.setenv("_VOICETX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "voicetx dep")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run("").split() == ["deployment"]
 
 
 def test_the_life_of_an_api_user(database_url: str) -> None:

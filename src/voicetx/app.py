@@ -19,6 +19,7 @@ from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from voicetx import __version__
 from voicetx.api import bulk, deployments, listings, operations, receipts, tokens, transactions, updates, users
 from voicetx.api.answers import (
     AnswerCut,
@@ -72,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     app: FastAPI = FastAPIOffline(
         title="voicetx",
         summary="Campaign dialers report the outcome of every call here.",
-        version="0.1.0",
+        version=__version__,
         lifespan=run_services,
         redirect_slashes=False,
     )

@@ -5,12 +5,14 @@ becomes a sentence and a non-zero exit status.
 """
 
 import sys
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
+from voicetx import __version__
 from voicetx.auth import AdministrationError
-from voicetx.cli import database, deployments, listings, retention, send, serve, simulate, transactions, users
+from voicetx.cli import config, database, deployments, listings, retention, send, serve, simulate, transactions, users
 from voicetx.cli.output import CommandError, complain
 from voicetx.deployments import DeploymentError
 from voicetx.migrations import SchemaOutdated
@@ -22,9 +24,27 @@ app = typer.Typer(
     help="The service that campaign dialers report the outcome of every call to.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"voicetx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _read_options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the release and end.")
+    ] = False,
+) -> None:
+    """Heed what is said before the command."""
+
+
 app.command("serve")(serve.serve)
+app.command("config")(config.show_config)
 app.command("demo")(serve.demo)
 app.command("send")(send.send)
 app.command("simulate")(simulate.simulate)

@@ -14,6 +14,9 @@ import typer
 from voicetx.cli.output import AsJson, CommandError, complain, follow_progress, print_json
 from voicetx.errors import Refusal
 
+KEY_VARIABLE = "VOICETX_SEND_KEY"
+"""Where a command that sends finds the key, so that it is in no list of processes."""
+
 _PATH = "/api/v1/updates"
 _TIMEOUT_SECONDS = 60
 _LONGEST_PAUSE_SECONDS = 30
@@ -58,7 +61,7 @@ def send(
     url: Annotated[str, typer.Option(help="The service, such as http://127.0.0.1:8000.")],
     key: Annotated[
         str,
-        typer.Option(envvar="VOICETX_SEND_KEY", help="A secret key or access token; better given in the environment."),
+        typer.Option(envvar=KEY_VARIABLE, help="A secret key or access token; better given in the environment."),
     ],
     lines_a_request: Annotated[int, typer.Option(min=1, max=100_000, help="How many lines go in a request.")] = 2_000,
     attempts: Annotated[int, typer.Option(min=1, help="How often to try while nothing gets through.")] = 10,

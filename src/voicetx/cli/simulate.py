@@ -31,6 +31,7 @@ from rich.table import Table
 
 from voicetx import simulation
 from voicetx.cli.output import AsJson, CommandError, complain, print_json
+from voicetx.cli.send import KEY_VARIABLE
 from voicetx.contract import UPDATE_PATH
 from voicetx.deployments import FileFormat, read_lines
 from voicetx.errors import Refusal
@@ -215,7 +216,7 @@ def simulate(  # noqa: PLR0913 - an option each
     url: Annotated[str, typer.Option(help="The service, such as http://127.0.0.1:8000.")],
     key: Annotated[
         str,
-        typer.Option(envvar="VOICETX_SEND_KEY", help="A secret key or access token; better given in the environment."),
+        typer.Option(envvar=KEY_VARIABLE, help="A secret key or access token; better given in the environment."),
     ],
     *,
     ids: Annotated[

@@ -1,0 +1,81 @@
+"""`voicetx config`: every setting that is in force and where it comes from, and what is set in vain.
+
+A variable that nobody knows, be it a letter away from one that is known, changes nothing and would go unnoticed.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from pydantic import SecretStr
+from pydantic_settings import DotEnvSettingsSource, EnvSettingsSource
+
+from voicetx.cli.output import AsJson, complain, print_json, print_table
+from voicetx.cli.send import KEY_VARIABLE
+from voicetx.settings import Settings
+
+_PREFIX = "VOICETX_"
+_ENVIRONMENT = "environment"
+_FILE = ".env"
+_DEFAULT = "default"
+_HIDDEN = "***"
+_CREDENTIALS = re.compile(r"(?P<user>//[^:]*):(?P<password>.*)(?=@)", re.DOTALL)
+
+
+class _Unknown(NamedTuple):
+    name: str
+    source: str
+
+
+def show_config(as_json: AsJson = False) -> None:
+    """Show every setting in force and where it comes from: the environment, the file .env, or by default.
+
+    Passwords are hidden. Names variables VOICETX_... that nobody knows.
+    """
+    settings = Settings()
+    given = [(_ENVIRONMENT, EnvSettingsSource(Settings)()), (_FILE, DotEnvSettingsSource(Settings)())]
+    rows = [
+        {
+            "setting": _PREFIX + name.upper(),
+            "value": _reveal(getattr(settings, name)),
+            "source": next((source for source, values in given if name in values), _DEFAULT),
+        }
+        for name in Settings.model_fields
+    ]
+    unknown = list(_find_unknown({row["setting"] for row in rows}))
+    if as_json:
+        print_json({"settings": rows, "unknown": [stranger._asdict() for stranger in unknown]})
+        return
+    print_table(("setting", "value", "source"), rows)
+    for name, source in unknown:
+        meant = get_close_matches(name, [row["setting"] for row in rows], n=1)
+        complain(f"{name} ({source}) is not known" + (f"; is {meant[0]} meant?" if meant else "."))
+
+
+def _find_unknown(names: set[str]) -> Iterator[_Unknown]:
+    # However they are written: settings are read so, too.
+    for source, variables in (
+        (_ENVIRONMENT, dict(os.environ)),
+        (_FILE, DotEnvSettingsSource(Settings).env_vars),
+    ):
+        for name in sorted(map(str.upper, variables)):
+            if name.startswith(_PREFIX) and name not in names | {KEY_VARIABLE}:
+                yield _Unknown(name, source)
+
+
+def _reveal(value: Any) -> Any:
+    return hide_passwords(value.get_secret_value()) if isinstance(value, SecretStr) else value
+
+
+def hide_passwords(url: str) -> str:
+    """Return a URL without the passwords in it, before its host and among its options."""
+    address, mark, query = _CREDENTIALS.sub(rf"\g<user>:{_HIDDEN}", url).partition("?")
+    return address + mark + "&".join(map(_hide_option, query.split("&")))
+
+
+def _hide_option(option: str) -> str:
+    name, mark, _ = option.partition("=")
+    return name + mark + _HIDDEN if mark and "pass" in unquote(name).lower() else option
