@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from prometheus_client import Histogram
 
 from bodies import encode, make_body
 from voicetx import auth, metrics
+from voicetx.api.bulk import BULK_PATH
+from voicetx.api.receipts import RECEIPTS_PATH
+from voicetx.api.tokens import TOKEN_PATH
 from voicetx.app import create_app
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_PATH
@@ -96,6 +100,7 @@ REQUESTS = [
     ("PUT", UPDATE_PATH, encode(make_body("tx-1", call_state="9"))),
     ("PUT", UPDATE_PATH, b"{"),
     ("PUT", UPDATE_PATH, b"{}"),
+    ("PUT", UPDATE_PATH, b""),
     ("PUT", UPDATE_PATH, b" " * 70_000),
     ("GET", UPDATE_PATH, b""),
     ("DELETE", UPDATE_PATH, b""),
@@ -122,6 +127,29 @@ async def test_the_application_answers_as_the_short_way_does(served: tuple[FastA
             assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "Deflate", "identity, gzip", "identity", "IDENTITY", ""])
+async def test_an_encoded_body_is_not_taken(
+    served: tuple[FastAPI, str, str], monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """A body with a content-encoding is 415 wherever one is read, and is told that none is taken; identity is none."""
+    app, address, key = served
+    is_plain = encoding.lower() in {"", "identity"}
+    headers = {"authorization": f"Bearer {key}", "content-encoding": encoding}
+    async with httpx.AsyncClient(base_url=address, headers=headers) as client:
+        for path in (UPDATE_PATH, UPDATE_PATH, BULK_PATH, RECEIPTS_PATH):
+            content = b'["tx-1"]' if path == RECEIPTS_PATH else encode(make_body("tx-1"))
+            answer = await client.post(path, content=content)
+            assert answer.status_code == (200 if is_plain else 415)
+            assert is_plain or answer.json() == {"code": 415, "description": "Content encoding not supported"}
+            assert is_plain or answer.headers["accept-encoding"] == "identity"
+        asked = await client.post(TOKEN_PATH, content=b"{}", headers={"authorization": ""})
+        assert (asked.status_code == 415) is not is_plain
+        paths = count_requests_to(app, monkeypatch)
+        answer = await client.put(UPDATE_PATH, content=encode(make_body("tx-1")))
+        assert answer.status_code == (200 if is_plain else 415)
+        assert paths == ([] if is_plain else [UPDATE_PATH])
+
+
 async def test_updates_go_the_short_way(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An update of a known dialer, whole or in pieces, does not get to the application; every other request does."""
     monkeypatch.setattr("voicetx.http_protocol._PATIENCE_SECONDS", 60.0)  # on a machine that is busy
@@ -133,6 +161,7 @@ async def test_updates_go_the_short_way(database_url: str, monkeypatch: pytest.M
             for method in ("PUT", "POST", "PATCH"):
                 assert (await client.request(method, UPDATE_PATH, content=encode(make_body("tx-2")))).status_code == 200
             assert (await client.put(UPDATE_PATH, content=encode(make_body("nobody")))).json()["code"] == 1010
+            assert (await client.put(UPDATE_PATH, content=BOM_UTF8 + encode(make_body("tx-4")))).status_code == 200
             async with pieces(address, key, encode(make_body("tx-3"))) as answers:
                 assert b" 200 " in answers[0]
             assert paths == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -68,6 +69,30 @@ def test_each_line_is_answered_as_if_it_had_come_alone(instance: tuple[str, http
     assert together == [{"line": number, **answer} for number, answer in enumerate(alone, start=1)]
     assert show(database_url, "tx-1").updates == 1
     assert {answer.get("code") for answer in together} == {None, 413, 499, 1001, 1002, 1010}
+
+
+@pytest.mark.parametrize("start", [b"", b"\n", b" \r\n"], ids=["update", "blank", "space"])
+def test_a_byte_order_mark_before_the_first_line_is_ignored(
+    instance: tuple[str, httpx.Client, str], start: bytes
+) -> None:
+    """A UTF-8 byte order mark at the start of a stream is no part of its first line, be that blank."""
+    _, client, key = instance
+    body = BOM_UTF8 + start + encode(make_body("tx-4")) + b"\n" + encode(make_body("tx-5"))
+    chunks = (body[place : place + 1] for place in range(len(body)))
+    for content in (body, chunks):
+        answers = read_answers(send(client, key, content))
+        assert [answer.get("transaction-id") for answer in answers] == ["tx-4", "tx-5"]
+
+
+def test_a_line_that_is_not_json_is_told_why(instance: tuple[str, httpx.Client, str]) -> None:
+    """Each line that is refused as a whole has its own reason."""
+    _, client, key = instance
+    answers = read_answers(send(client, key, b"[]\n{,}\n" + encode(make_body("tx-4"))))
+    assert [answer.get("errors") for answer in answers] == [
+        [{"field": "", "reason": "must be an object, not an array"}],
+        [{"field": "", "reason": "must be JSON: a name that is not in double quotes at line 1, column 2"}],
+        None,
+    ]
 
 
 def test_thousands_of_updates_are_recorded(instance: tuple[str, httpx.Client, str]) -> None:

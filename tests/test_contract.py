@@ -1,6 +1,9 @@
 """The wire: what a body may hold, and which answer each way of breaking a rule gets."""
 
+import gzip
 import json
+import re
+from codecs import BOM_UTF8, BOM_UTF16_BE
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from bodies import GONE, TROMBONE, encode, make_body
 from voicetx.contract import WIRE_NAMES, parse, restore
-from voicetx.errors import Refusal, Rejected
+from voicetx.errors import Fault, Refusal, Rejected
 
 MANDATORY = ["transaction-id", "call-starttime", "call-endtime", "call-source", "call-state", "drop-code"]
 
@@ -216,7 +219,7 @@ NOT_JSON = [
     b'{"a": "\\udc00\\ud800"}',
     b'{"\\ud800": 1}',
     b'{"a": "\x01"}',
-    b'\xef\xbb\xbf{"a": 1}',
+    b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}',
     b'{"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}",
     b"// comment\n{}",
     encode(make_body()).replace(b"{", b"{'", 1),
@@ -229,6 +232,59 @@ NOT_JSON = [
 def test_what_is_not_json_is_refused(body: bytes) -> None:
     """What RFC 8259 does not call JSON, or is no object, is invalid input JSON."""
     assert refuse(body)[0] == 1001
+
+
+REASONS = [
+    (b"", "must not be empty"),
+    (b" \r\n", "must not be empty"),
+    (BOM_UTF8, "must not be empty"),
+    (b"[]", "must be an object, not an array"),
+    (b'"4711"', "must be an object, not a string"),
+    (b"4711", "must be an object, not a number"),
+    (b"true", "must be an object, not true or false"),
+    (b"null", "must be an object, not null"),
+    (b'{"a": "4711\xff"}', "must be UTF-8: byte 12 is not"),
+    (BOM_UTF8 + b'{"a": "4711\xff"}', "must be UTF-8: byte 12 is not"),
+    ('{"a": "4711"}'.encode("utf-16"), "must be UTF-8, not UTF-16"),
+    (BOM_UTF16_BE + '{"a": "4711"}'.encode("utf-16-be"), "must be UTF-8, not UTF-16"),
+    (gzip.compress(b'{"a": "4711"}', mtime=0), "must not be compressed"),
+    (b'{"a": "4711",}', "must be JSON: trailing comma at line 1, column 14"),
+    (b'{\n"a": "4711"\n"b": 1}', "must be JSON: no comma or brace after a value at line 3, column 1"),
+    (b'{"a": "4711"', "must be JSON: cut off within an object at line 1, column 12"),
+    (b"{'4711': 1}", "must be JSON: a name that is not in double quotes at line 1, column 2"),
+    (b'{"4711": 1} 4711', "must be JSON: text after its end at line 1, column 13"),
+    (b'{"a": "47\\11"}', "must be JSON: an unknown escape at line 1, column 11"),
+    (b'{"a": "\\ud800-4711"}', "must be JSON: a lone surrogate at line 1, column 14"),
+    (b'{"a": NaN}', "must be JSON: no value at line 1, column 7"),
+    (b'{"a":' + b"[" * 300, "must be JSON: nested too deeply at line 1, column 206"),
+]
+
+
+@pytest.mark.parametrize(("body", "reason"), REASONS, ids=[repr(body[:24]) for body, _ in REASONS])
+def test_what_is_not_json_is_told_why(body: bytes, reason: str) -> None:
+    """1001 says of the body as a whole what is wrong with it, and where, and never quotes it."""
+    with pytest.raises(Rejected) as refused:
+        parse(body)
+    assert refused.value.refusal is Refusal.INVALID_JSON
+    assert refused.value.faults == (Fault("", reason),)
+
+
+@given(st.binary(max_size=60) | st.text('{}[]:,"\\ue1-+.tfn\n').map(str.encode))
+def test_every_reason_is_one_of_ours(body: bytes) -> None:
+    """Whatever is no JSON object, the reason is in words of ours alone."""
+    with pytest.raises(Rejected) as refused:
+        parse(body)
+    reasons = [fault.reason for fault in refused.value.faults if fault.field == ""]
+    ours = r"must (be|not) [A-Za-z ,-]+(8|16)?(: [a-z ,]+ at line \d+, column \d+|: byte \d+ is not)?"
+    assert all(re.fullmatch(ours, reason) for reason in reasons)
+    assert refused.value.refusal is Refusal.FIELD_MISSING or reasons
+
+
+def test_a_byte_order_mark_is_ignored() -> None:
+    """A UTF-8 byte order mark at the start of a body is no part of it (RFC 8259, section 8.1)."""
+    plain = parse(encode(make_body()))
+    assert parse(BOM_UTF8 + encode(make_body())) == plain
+    assert restore(plain.body) == plain
 
 
 @pytest.mark.parametrize("field", [*WIRE_NAMES.values()])

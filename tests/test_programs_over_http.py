@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,9 +142,9 @@ NAME_RULE = "must be 1 to 256 printable characters"
 @pytest.mark.parametrize(
     ("path", "body", "code", "faults"),
     [
-        ("/deployments", b"", 1001, None),
-        ("/deployments", b"[]", 1001, None),
-        ("/deployments", b'{"deployment": "a"} x', 1001, None),
+        ("/deployments", b"", 1001, {"": "must not be empty"}),
+        ("/deployments", b"[]", 1001, {"": "must be an object, not an array"}),
+        ("/deployments", b'{"deployment": "a"} x', 1001, {"": "must be JSON: text after its end at line 1, column 21"}),
         ("/deployments", b'{"deployment": 7}', 1001, {"deployment": "must be a string"}),
         ("/deployments", b'{"name": ""}', 1002, {"deployment": "is mandatory"}),
         ("/deployments", b'{"deployment": " "}', 1002, {"deployment": "is mandatory"}),
@@ -419,8 +420,16 @@ def test_what_no_receipt_can_be_given_for_is_named_by_its_place(instance: Instan
 
 def test_a_body_of_receipts_is_an_array(instance: Instance) -> None:
     """Anything but an array is no question, and of very many faults the first hundred are named."""
-    for content in (b"{}", b'"a"', b"", b"[", b"[1e"):
-        assert instance.ask("POST", "/receipts", content=content).json()["code"] == 1001
+    for content, reason in [
+        (b"{}", "must be an array, not an object"),
+        (b'"a"', "must be an array, not a string"),
+        (b"", "must not be empty"),
+        (b"[", "must be JSON: cut off within an array at line 1, column 1"),
+        (b"[1e", "must be JSON: cut off where a value is due at line 1, column 3"),
+    ]:
+        answer = instance.ask("POST", "/receipts", content=content)
+        assert (answer.json()["code"], faults_of(answer)) == (1001, {"": reason})
+    assert instance.ask("POST", "/receipts", content=BOM_UTF8 + b"[]").json() == {"receipts": []}
     assert len(faults_of(instance.ask("POST", "/receipts", json=[0] * 500))) == 100
 
 

@@ -1,6 +1,8 @@
 """Access tokens over HTTP: three ways to ask, RFC 6749's answers, and what ends a token's or a guesser's day."""
 
 import base64
+import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +119,25 @@ def test_refusals_are_rfc_6749_objects(instance: Instance, status: int, error: s
     assert answer.json().keys() == {"error", "error_description"}
     assert answer.headers["cache-control"] == "no-store"
     assert ("www-authenticate" in answer.headers) is (status == 401 and "headers" in request_of)
+
+
+@pytest.mark.parametrize(
+    ("body", "description"),
+    [
+        (b"{broken", "The body must be JSON: a name that is not in double quotes at line 1, column 2."),
+        (b"[]", "The body must be an object, not an array."),
+        (b'{"clientId": "\xff"}', "The body must be UTF-8: byte 15 is not."),
+    ],
+)
+def test_a_body_that_is_not_json_is_told_why(instance: Instance, body: bytes, description: str) -> None:
+    """The description of the refusal says what is wrong with the body, and where."""
+    assert instance.ask(content=body).json()["error_description"] == description
+
+
+def test_a_byte_order_mark_before_a_question_for_a_token_is_ignored(instance: Instance) -> None:
+    """A body that begins with a UTF-8 byte order mark gets a token."""
+    fields = {"clientId": str(instance.user.api_key_id), "clientSecret": instance.key, "grantType": GRANT}
+    assert instance.ask(content=BOM_UTF8 + json.dumps(fields).encode()).status_code == 200
 
 
 def test_a_key_id_and_another_users_key_are_no_pair(instance: Instance) -> None:

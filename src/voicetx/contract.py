@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from voicetx.errors import Fault, Refusal, Rejected
+from voicetx.json_text import read_object, strip_mark
 
 UPDATE_PATH = "/campaignapi/resources/v3/voicecampaigntransactions"
 UPDATE_METHODS = ("PUT", "POST", "PATCH")
@@ -274,7 +275,7 @@ class Update(NamedTuple):
 
     `fields` are those that apply to the transaction, by Python name, trimmed, without the transaction id. `digest`
     (16 bytes) is the same for two updates with the same fields and values after trimming, unknown ones included,
-    whatever their order and spacing. `body` is the text as received.
+    whatever their order and spacing. `body` is the text as received, without a byte order mark.
     """
 
     transaction_id: str
@@ -292,14 +293,10 @@ def parse(body: bytes) -> Update:
     """Make an update of a request's body.
 
     Raises `Rejected` with code 1001, 1002 or 499, in this precedence, and with one fault for every field concerned, in
-    body order.
+    body order, or one of no field where the body as a whole is at fault.
     """
-    try:
-        raw = from_json(body, allow_inf_nan=False)
-    except ValueError:
-        raise Rejected(Refusal.INVALID_JSON) from None
-    if type(raw) is not dict:
-        raise Rejected(Refusal.INVALID_JSON)
+    body = strip_mark(body)
+    raw = read_object(body)
     given, has_only_text = _collect_given(raw)
     model = TromboneBody if given.get("call-source") == TROMBONE_SOURCE else UpdateBody
     nul_faults = _find_nul(raw) if b"\\u0000" in body else []

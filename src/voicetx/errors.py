@@ -47,6 +47,7 @@ class Refusal(Enum):
     MALFORMED_REQUEST = (400, 400, "Malformed HTTP request")
     BODY_TOO_SLOW = (408, 408, "Request body not received in time")
     BODY_TOO_LARGE = (413, 413, "Request body too large")
+    ENCODING_NOT_SUPPORTED = (415, 415, "Content encoding not supported")
     HEAD_TOO_LARGE = (431, 431, "Request head too large")
 
     def __init__(self, status: int, code: int, description: str) -> None:

@@ -67,6 +67,8 @@ def answer_refusal(rejected: Rejected) -> Answer:
     headers = _JSON
     if refusal.status == 401:  # noqa: PLR2004 - RFC 9110 15.5.2 wants a challenge with it
         headers += ((b"www-authenticate", b"Bearer"),)
+    if refusal is Refusal.ENCODING_NOT_SUPPORTED:
+        headers += ((b"accept-encoding", b"identity"),)  # RFC 9110, section 15.5.16
     if rejected.retry_after_seconds is not None:
         headers += ((b"retry-after", b"%d" % rejected.retry_after_seconds),)
     return Answer(refusal.status, refusal.code, render_refusal(refusal, rejected.faults), headers)

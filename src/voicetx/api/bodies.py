@@ -1,24 +1,26 @@
 """Reading a request's body: never more of it in memory than the limit allows, never waiting for it for ever."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 
 from starlette.types import Receive, Scope
 
 from voicetx.api.answers import ClientGone
 from voicetx.errors import Refusal, Rejected
+from voicetx.json_text import strip_mark
 
 _CHUNK_BYTES = 16_384
+_PLAIN = (b"", b"identity")
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, timeout_seconds: float) -> bytes:
     """Return the whole body.
 
-    Raises `Rejected` with 413 as soon as it is known to be larger than the limit (by its content-length, or chunk by
-    chunk), with 408 when it is not there in time, and `ClientGone` when the client hangs up.
+    Raises `Rejected` with 415 where it is encoded, with 413 as soon as it is known to be larger than the limit (by its
+    content-length, or chunk by chunk), with 408 when it is not there in time, and `ClientGone` when the client hangs up.
     """
-    _check_length(scope, limit_bytes)
+    _check_head(scope, limit_bytes)
     chunks: list[bytes] = []
     size = 0
     try:
@@ -42,7 +44,7 @@ async def read_chunks(
     scope: Scope, receive: Receive, *, limit_bytes: int, timeout_seconds: float
 ) -> AsyncIterator[bytes]:
     """Yield a body as it comes in; raises as `read_body`, the time being that between two chunks."""
-    _check_length(scope, limit_bytes)
+    _check_head(scope, limit_bytes)
     size = 0
     more = True
     while more:
@@ -60,7 +62,14 @@ async def read_chunks(
         yield chunk
 
 
-def _check_length(scope: Scope, limit_bytes: int) -> None:
+def is_encoded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Say whether a body is compressed, or otherwise not the one that is meant (RFC 9110, section 8.4)."""
+    return any(name == b"content-encoding" and value.strip().lower() not in _PLAIN for name, value in headers)
+
+
+def _check_head(scope: Scope, limit_bytes: int) -> None:
+    if is_encoded(scope["headers"]):
+        raise Rejected(Refusal.ENCODING_NOT_SUPPORTED)
     for name, value in scope["headers"]:
         if name == b"content-length" and int(value) > limit_bytes:
             raise Rejected(Refusal.BODY_TOO_LARGE)
@@ -87,7 +96,10 @@ async def split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIt
 
 
 class LineSplitter:
-    """Cuts chunks into numbered lines; blank ones count and are left out, too long ones lose their text."""
+    """Cuts chunks into numbered lines; blank ones count and are left out, too long ones lose their text.
+
+    A byte order mark before the first is no part of it.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -102,6 +114,8 @@ class LineSplitter:
         for other in others:
             self._number += 1
             text = b"".join(self._rest)
+            if self._number == 1:
+                text = strip_mark(text)
             if self._rest_size > self._limit_bytes:
                 yield Line(self._number, None)
             elif text.strip():

@@ -19,10 +19,9 @@ from urllib.parse import parse_qsl, unquote
 import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import from_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from voicetx import metrics
+from voicetx import json_text, metrics
 from voicetx.api.answers import Answer, ClientGone, Headers, answer_error, note_for_log, to_response
 from voicetx.api.bodies import read_body
 from voicetx.api.updates import require_grant, sign_in
@@ -154,17 +153,14 @@ class Asked(BaseModel):
 
 
 async def read_json(call: Call, limit_bytes: int) -> Any:
-    """Return what the body holds as JSON; raises `Rejected` (413, 408, 1001) and `ClientGone`."""
+    """Return what the body holds as JSON; raises `Rejected` (415, 413, 408, 1001) and `ClientGone`."""
     body = await read_body(
         call.request.scope,
         call.request.receive,
         limit_bytes=limit_bytes,
         timeout_seconds=call.services.settings.body_timeout_seconds,
     )
-    try:
-        return from_json(body, allow_inf_nan=False)
-    except ValueError:
-        raise Rejected(Refusal.INVALID_JSON) from None
+    return json_text.read_json(json_text.strip_mark(body))
 
 
 async def read_object(call: Call, model: type[Model]) -> Model:
@@ -174,7 +170,7 @@ async def read_object(call: Call, model: type[Model]) -> Model:
     """
     raw = await read_json(call, call.services.settings.body_limit_bytes)
     if not isinstance(raw, dict):
-        raise Rejected(Refusal.INVALID_JSON)
+        raise json_text.refuse_kind(raw, "an object")
     trimmed = {name: value.strip() if isinstance(value, str) else value for name, value in raw.items()}
     return _validate(model, {name: value for name, value in trimmed.items() if value not in (None, "")}, strict=True)
 

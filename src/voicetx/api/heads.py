@@ -11,6 +11,7 @@ from typing import NamedTuple
 from starlette.types import Scope
 
 from voicetx.api.answers import find_request_id
+from voicetx.api.bodies import is_encoded
 from voicetx.api.updates import find_authorization
 from voicetx.auth import digest_bearer
 
@@ -24,6 +25,7 @@ class Head(NamedTuple):
     method: str
     credential_digest: bytes | None
     request_id: bytes | None
+    is_encoded: bool = False
 
 
 def read_head(scope: Scope) -> Head:
@@ -33,6 +35,7 @@ def read_head(scope: Scope) -> Head:
         scope["method"],
         digest_bearer(authorization) if authorization is not None else None,
         find_request_id(scope["headers"]),
+        is_encoded(scope["headers"]),
     )
 
 

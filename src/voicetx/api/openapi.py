@@ -74,6 +74,7 @@ _WHEN: dict[Refusal, str] = {
     Refusal.METHOD_NOT_SUPPORTED: "a method other than PUT, POST and PATCH; see Allow",
     Refusal.BODY_TOO_SLOW: "the body was not received in time",
     Refusal.BODY_TOO_LARGE: "the body is larger than 64 KiB (setting)",
+    Refusal.ENCODING_NOT_SUPPORTED: "the body has a content-encoding; see Accept-Encoding",
     Refusal.HEAD_TOO_LARGE: "the request's head is larger than 16 KiB or has more than 100 fields; the connection is"
     " closed",
     Refusal.THROTTLED: "the API user's limit is reached; see Retry-After",
@@ -139,6 +140,7 @@ def describe_bulk_answers() -> dict[int | str, dict[str, Any]]:
         Refusal.THROTTLED,
         Refusal.BODY_TOO_SLOW,
         Refusal.BODY_TOO_LARGE,
+        Refusal.ENCODING_NOT_SUPPORTED,
         Refusal.INTERNAL,
     )
     lines = [

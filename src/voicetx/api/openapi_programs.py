@@ -21,7 +21,8 @@ _EVERY = (
     Refusal.BAD_VALUE,
     Refusal.INTERNAL,
 )
-_OF_BODIES = (Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, Refusal.INVALID_JSON, Refusal.FIELD_MISSING)
+_OF_READING = (Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, Refusal.ENCODING_NOT_SUPPORTED)
+_OF_BODIES = (*_OF_READING, Refusal.INVALID_JSON, Refusal.FIELD_MISSING)
 _WHEN: dict[Refusal, str] = {
     Refusal.NOT_GRANTED: "a valid credential without a grant for this",
     Refusal.NOT_FOUND: "there is no such deployment",
@@ -243,7 +244,7 @@ def describe_minted() -> dict[int | str, Any]:
 
 def describe_loaded() -> dict[int | str, Any]:
     """Return OpenAPI's `responses` of the endpoint that registers the transactions of a file."""
-    return describe_found(Loaded, Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, of_a_deployment=True)
+    return describe_found(Loaded, *_OF_READING, of_a_deployment=True)
 
 
 def describe_export() -> dict[int | str, Any]:
@@ -265,8 +266,7 @@ def describe_export() -> dict[int | str, Any]:
 
 def describe_receipts() -> dict[int | str, Any]:
     """Return OpenAPI's `responses` of the endpoint for receipts."""
-    bodies = (Refusal.BODY_TOO_SLOW, Refusal.BODY_TOO_LARGE, Refusal.INVALID_JSON)
-    return describe_found(ShownReceipts, *bodies)
+    return describe_found(ShownReceipts, *_OF_READING, Refusal.INVALID_JSON)
 
 
 LOAD_REQUEST: dict[str, Any] = {

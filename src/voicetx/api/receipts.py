@@ -18,6 +18,7 @@ from voicetx.auth import Grant
 from voicetx.deployments import is_id
 from voicetx.errors import Fault, Refusal, Rejected
 from voicetx.exports import describe_receipt
+from voicetx.json_text import refuse_kind
 from voicetx.listings import Receipt, find_receipts
 
 RECEIPTS_PATH = "/api/v1/receipts"
@@ -53,7 +54,7 @@ async def answer_receipts(call: Call) -> Answer:
     """
     raw = await read_json(call, min(call.services.settings.bulk_limit_bytes, _MOST_BYTES))
     if not isinstance(raw, list):
-        raise Rejected(Refusal.INVALID_JSON)
+        raise refuse_kind(raw, "an array")
     if len(raw) > MOST_RECEIPTS:
         raise Rejected(Refusal.BODY_TOO_LARGE)
     wanted: list[tuple[str, bytes | None]] = []

@@ -76,8 +76,8 @@ class ShortWay:
 
     def _find_dialer(self, request: _Offered, recall: Callable[[bytes], ApiUser | None]) -> ApiUser | None:
         """Return who sends a request, where that is known here and its method, size and sender may be an update's."""
-        method, credential_digest, _ = request.head
-        if method not in METHODS or len(request.body) > self._services.settings.body_limit_bytes:
+        method, credential_digest, _, is_encoded = request.head
+        if method not in METHODS or is_encoded or len(request.body) > self._services.settings.body_limit_bytes:
             return None
         user = recall(credential_digest) if credential_digest is not None else None
         return user if user is not None and Grant.TRANSACTIONS_UPDATE in user.grants else None

@@ -19,6 +19,7 @@ from voicetx.api.bodies import read_body
 from voicetx.api.updates import client_address, find_authorization
 from voicetx.auth import Token
 from voicetx.errors import Refusal, Rejected
+from voicetx.json_text import read_object, strip_mark
 from voicetx.services import Services
 
 TOKEN_PATH = "/campaignapi/resources/v3/oauth/token"  # noqa: S105 - a path, no secret
@@ -79,6 +80,7 @@ router = APIRouter(tags=["Access tokens"])
     responses={
         401: {"model": TokenError, "description": "invalid_client: the key id and secret key are not a valid pair"},
         413: {"model": TokenError, "description": "invalid_request: the body is too large"},
+        415: {"model": TokenError, "description": "invalid_request: the body has a content-encoding"},
         429: {"model": TokenError, "description": "temporarily_unavailable: too many calls; see Retry-After"},
         499: {"model": TokenError, "description": "unsupported_grant_type or invalid_request: a value breaks a rule"},
         500: {
@@ -189,17 +191,17 @@ def _answer_refusal(rejected: Rejected, authorization: bytes | None) -> Answer:
 
 def _parse_fields(body: bytes) -> dict[str, str]:
     """Return the fields of a JSON or form body; which of them it is, the body itself tells, as for an update."""
-    text = body.strip()
+    text = strip_mark(body).strip()
     if not text:
         return {}
     if text.startswith((b"{", b"[")):
         try:
-            fields = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "The body is not JSON.") from None
+            fields = read_object(text)
+        except Rejected as rejected:
+            raise TokenRefused(
+                "invalid_request", Refusal.INVALID_JSON, f"The body {rejected.faults[0].reason}."
+            ) from None
         # What is not ours to understand is ignored (RFC 6749, section 3.2), and null is as good as absent.
-        if not isinstance(fields, dict):
-            raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "The body is no JSON object.")
         known = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
         if not all(isinstance(value, str) for value in known.values()):
             raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "A parameter is not a string.")

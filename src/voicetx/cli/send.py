@@ -1,6 +1,7 @@
 """`voicetx send`: a file of updates goes to a service, many in a request, and every line of it is accounted for."""
 
 import time
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ def _cut(source: BinaryIO, lines: int) -> Iterator[list[bytes]]:
 
 def _deliver(client: Any, journey: _Journey, chunk: list[bytes], attempts: int) -> None:
     """Send a chunk until every line of it has an answer that stands; counts and names them."""
-    left = {number: line for number, line in enumerate(chunk, start=journey.lines + 1) if line.strip()}
+    left = {number: line for number, line in enumerate(chunk, start=journey.lines + 1) if not _is_blank(number, line)}
     failures = 0
     while left:
         numbers = list(left)
@@ -140,6 +141,11 @@ def _deliver(client: Any, journey: _Journey, chunk: list[bytes], attempts: int) 
             if pause_seconds > _TELLING_PAUSE_SECONDS:
                 complain(f"Waiting {pause_seconds:,.0f} s, as the service asks; Ctrl-C keeps what is done.")
             time.sleep(pause_seconds)
+
+
+def _is_blank(number: int, line: bytes) -> bool:
+    # The service takes a byte order mark for no part of the first line, too.
+    return not (line.removeprefix(BOM_UTF8) if number == 1 else line).strip()
 
 
 def _post(client: Any, content: bytes) -> tuple[list[dict[str, Any]], float]:
@@ -168,5 +174,5 @@ def _account(journey: _Journey, number: int, answer: dict[str, Any]) -> None:
         journey.answers[_RECORDED] += 1
         return
     journey.answers[f"{answer['code']} {answer['description']}"] += 1
-    faults = "; ".join(f"{fault['field']} {fault['reason']}" for fault in answer.get("errors", []))
+    faults = "; ".join(f"{fault['field'] or 'the line'} {fault['reason']}" for fault in answer.get("errors", []))
     complain(f"line {number}: {answer['code']} {answer['description']}" + (f" ({faults})" if faults else ""))

@@ -122,7 +122,8 @@ class _Service:
         code, description = _read_refusal(response) or (response.status_code, "is it voicetx?")
         reasons = ""
         with suppress(ValueError, KeyError, TypeError):
-            reasons = "".join(f"; {fault['field']} {fault['reason']}" for fault in response.json()["errors"])
+            faults = response.json()["errors"]
+            reasons = "".join(f"; {fault['field'] or 'the body'} {fault['reason']}" for fault in faults)
         return CommandError(f"{response.url} answered {code}: {description}{reasons}")
 
     def _be_patient(self, obstacle: str, pause_seconds: float) -> None:
