@@ -18,7 +18,8 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, timeout
     """Return the whole body.
 
     Raises `Rejected` with 415 where it is encoded, with 413 as soon as it is known to be larger than the limit (by its
-    content-length, or chunk by chunk), with 408 when it is not there in time, and `ClientGone` when the client hangs up.
+    content-length, or chunk by chunk), with 408 when it is not there in time; and `ClientGone` when the client hangs
+    up.
     """
     _check_head(scope, limit_bytes)
     chunks: list[bytes] = []

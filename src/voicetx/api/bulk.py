@@ -63,7 +63,7 @@ class _Pending:
 
 
 async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: Receive) -> Answer:
-    """Record every line of a body and answer each; `Rejected` (413, 408) and `ClientGone` are raised before any answer.
+    """Record every line of a body and answer each; `Rejected` (415, 413, 408) and `ClientGone` come before any answer.
 
     What was recorded before a body turned out too large, too slow or cut off stays recorded; a repeat is recognised.
     """
