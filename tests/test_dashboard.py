@@ -93,6 +93,27 @@ def find_cookie(answer: httpx.Response) -> dict[str, str]:
     return {name.strip(): value for name, _, value in (part.partition("=") for part in field.split(";"))}
 
 
+def test_the_root_leads_to_dashboard_and_documentation(instance: Instance) -> None:
+    """At `/` a browser finds a page and a program JSON, and all that either of them names is there."""
+    with instance.open_browser() as browser:
+        page = browser.get("/", headers={"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+        answer = browser.get("/", headers={"accept": "*/*"})
+        places = answer.json()
+        assert (places.pop("service"), places["dashboard"], places["documentation"]) == (
+            "voicetx",
+            "/dashboard",
+            "/docs",
+        )
+        linked = set(re.findall(r'<a [^>]*href="(/[^"]*)"', page.text))
+        assert linked == {places[name] for name in ("dashboard", "documentation", "reference", "openapi")}
+        codes = {name: browser.get(path).status_code for name, path in places.items()}
+    assert codes == {**dict.fromkeys(places, 200), "dashboard": 401, "updates": 405}
+    assert "voicetx" in read_text(page.text)
+    for shown in (page, answer):
+        assert shown.headers["vary"] == "accept"
+    assert "content-security-policy" in page.headers
+
+
 def test_who_signs_in_comes_to_where_they_wanted(instance: Instance) -> None:
     """A stranger is shown the form, and with a secret key comes to the page that was asked for, wherever that was."""
     with instance.open_browser() as browser:

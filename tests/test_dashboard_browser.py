@@ -28,6 +28,7 @@ from voicetx.contract import UPDATE_PATH
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 OVERVIEW = f"/dashboard/deployment?id={DEPLOYMENT}"
 PAGES = {
+    "signpost": "/",
     "deployments": "/dashboard",
     "overview": OVERVIEW,
     "transactions": f"/dashboard/deployment/transactions?id={DEPLOYMENT}&code=2005",

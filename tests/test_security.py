@@ -27,6 +27,7 @@ PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
 OPEN = {
     "/healthz",
+    "/",
     "/readyz",
     "/metrics",
     "/openapi.json",

@@ -39,6 +39,7 @@ from voicetx.api.pages import PageGuard
 from voicetx.api.short_way import ShortWay
 from voicetx.contract import UPDATE_PATH
 from voicetx.dashboard import pages as dashboard
+from voicetx.dashboard import signpost
 from voicetx.dashboard.live import LivePages
 from voicetx.errors import Rejected
 from voicetx.logs import configure_logging
@@ -88,6 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
         tokens,
         operations,
         dashboard,
+        signpost,
     ):
         app.include_router(module.router)
     app.state.live_pages = LivePages()
