@@ -4,14 +4,15 @@ Time passes only where a test says so: every test runs on a loop with a clock of
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
 
@@ -437,7 +438,14 @@ async def test_a_failure_of_nobody_while_splitting_fails_the_rest() -> None:
     assert calls == [["a", "b", "c", "d"], ["a", "b"], ["c", "d"]]
 
 
-async def test_a_wrong_number_of_results_is_a_logged_defect(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def log() -> Iterator[list[EventDict]]:
+    """Return the log lines of a test."""
+    with capture_logs() as lines:
+        yield lines
+
+
+async def test_a_wrong_number_of_results_is_a_logged_defect(log: list[EventDict]) -> None:
     """A commit that returns too few results fails everybody in its batch, once and loudly; the next are served."""
     batches: list[int] = []
 
@@ -449,13 +457,13 @@ async def test_a_wrong_number_of_results_is_a_logged_defect(caplog: pytest.LogCa
     committer.start()
     results = await asyncio.gather(*map(committer.submit, "abc"), return_exceptions=True)
     assert [type(result) for result in results] == [RuntimeError] * 3
-    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert [(line["event"], line["duty"]) for line in log] == [("duty.failed", "commit")]
     assert await committer.submit("d") == "d"
     assert batches == [3, 1]
     await committer.close()
 
 
-async def test_a_wrong_number_of_results_takes_no_answer_back(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_wrong_number_of_results_takes_no_answer_back(log: list[EventDict]) -> None:
     """If it happens while a batch is being split, those who were committed before keep their results."""
     calls: list[list[str]] = []
 
@@ -472,7 +480,7 @@ async def test_a_wrong_number_of_results_takes_no_answer_back(caplog: pytest.Log
     assert results[:2] == ["a", "b"]
     assert [type(result) for result in results[2:]] == [RuntimeError] * 2
     assert calls == [["a", "b", "c", "d"], ["a", "b"], ["c", "d"]]
-    assert len(caplog.records) == 1
+    assert len(log) == 1
 
 
 class Unreadable(list[str]):
@@ -484,9 +492,7 @@ class Unreadable(list[str]):
 
 
 @pytest.mark.parametrize(("answer", "failure"), [(None, TypeError), (Unreadable("abc"), LookupError)])
-async def test_no_defect_ends_the_committer(
-    answer: Any, failure: type[Exception], caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_no_defect_ends_the_committer(answer: Any, failure: type[Exception], log: list[EventDict]) -> None:
     """A commit that returns what is no list of results is logged, told to its callers and not tried again."""
     batches: list[str] = []
 
@@ -498,13 +504,13 @@ async def test_no_defect_ends_the_committer(
     committer.start()
     results = await asyncio.gather(*map(committer.submit, "abc"), return_exceptions=True)
     assert [type(result) for result in results] == [failure] * 3
-    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert [(line["event"], line["duty"]) for line in log] == [("duty.failed", "commit")]
     assert await committer.submit("d") == "d"
     assert batches == ["abc", "d"]
     await committer.close()
 
 
-async def test_a_commit_that_cancels_itself_does_not_end_the_committer(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_commit_that_cancels_itself_does_not_end_the_committer(log: list[EventDict]) -> None:
     """A cancellation that nobody asked for is a defect of the commit: its callers are told, and the next are served."""
     disk = Disk()
     disk.is_held = True
@@ -515,7 +521,7 @@ async def test_a_commit_that_cancels_itself_does_not_end_the_committer(caplog: p
         disk.waiting.cancel()
         with pytest.raises(RuntimeError):
             await first
-        assert len(caplog.records) == 1
+        assert len(log) == 1
         disk.is_held = False
         assert await committer.submit("next") == "next done"
 

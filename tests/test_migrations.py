@@ -61,7 +61,7 @@ def test_whoever_serves_needs_no_more_than_to_write_the_tables(postgresql: Postg
                 lambda connection: commit_batch(connection, batch, registers_unknown=True)
             )
             assert committed.outcomes == [Outcome.RECORDED]
-            await folding.fold(store)
+            await folding.Folder(store).fold()
             assert await store.read(tallies.read_registered) == {"unassigned": (1, 1)}
             assert (await retention.purge(store, 2, advance=lambda _: None)).transactions == 1
         finally:

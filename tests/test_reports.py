@@ -18,7 +18,7 @@ from test_tallies import seconds
 from voicetx import activity, auth, tallies
 from voicetx.contract import DropCode, parse
 from voicetx.deployments import create_deployment, register_transactions
-from voicetx.folding import fold
+from voicetx.folding import Folder
 from voicetx.recording import commit_batch
 from voicetx.reports import (
     CALL_STATES,
@@ -164,7 +164,7 @@ def test_a_report_is_what_a_plain_count_says(
             assert report is not None
             expected = await store.read(lambda connection: report_plainly(connection, name, ZoneInfo(zone)))
             assert fold_rows(describe_deployment(report, ZoneInfo(zone))) == expected
-            await fold(store)
+            await Folder(store).fold()
         await store.close()
 
     asyncio.run(run())

@@ -15,10 +15,10 @@ from sqlalchemy import Connection, select
 
 from bodies import encode, make_body, updates_of
 from servers import PostgreSQL
-from voicetx import recording, retention, services, tallies
+from voicetx import duties, metrics, recording, retention, services, tallies
 from voicetx.contract import parse
 from voicetx.deployments import create_deployment, register_transactions
-from voicetx.folding import fold
+from voicetx.folding import Folder
 from voicetx.merge import is_final
 from voicetx.recording import commit_batch
 from voicetx.schema import deployment, tally_change, voice_transaction, voice_update
@@ -100,7 +100,7 @@ async def check(store: Store) -> None:
     """Compare the tallies with a plain count, before and after a fold."""
     for _ in range(2):
         assert await store.read(read_tallies) == await store.read(count_plainly)
-        while await fold(store):
+        while await Folder(store).fold():
             pass
 
 
@@ -154,7 +154,7 @@ async def take(store: Store, step: tuple[Any, ...]) -> None:
         case "purge", minute:
             await retention.purge(store, minute * 60_000, deployment_id=None, advance=lambda _: None)
         case "fold":
-            await fold(store)
+            await Folder(store).fold()
 
 
 async def test_two_processes_that_record_the_same_transactions_count_each_once(database_url: str, store: Store) -> None:
@@ -171,7 +171,7 @@ async def test_two_processes_that_record_the_same_transactions_count_each_once(d
 
     async def fold_on(own: Store) -> None:
         for _ in range(60):
-            await fold(own)
+            await Folder(own).fold()
             assert all(number > 0 for number in (await own.read(lambda c: tallies.read(c, "unassigned"))).values())
 
     await asyncio.gather(record_on(store, USERS[0]), record_on(other, USERS[1]), fold_on(store), fold_on(other))
@@ -185,8 +185,8 @@ async def test_a_fold_that_comes_late_takes_no_changes_but_those_it_counted(stor
     """Changes that came in after another process had folded those counted here stay for the next fold."""
     await record(store, [make_body("tx-1")], USERS[0], 60_000)
     late = await store.read(tallies.read_changes)
-    counts = tallies.count_changes(late)
-    while await fold(store):
+    counts = tallies.count_changes(late.rows)
+    while await Folder(store).fold():
         pass
     await record(store, [make_body("tx-2", drop_code="1002")], USERS[1], 120_000)
     with pytest.raises(tallies.ChangesTaken):
@@ -230,7 +230,7 @@ async def read_changes(store: Store) -> Sequence[str]:
 async def test_a_fold_leaves_no_change_behind(store: Store) -> None:
     """What was folded is gone from the changes."""
     await record(store, [make_body(name) for name in IDS])
-    assert await fold(store) is False
+    assert await Folder(store).fold() is False
     assert await read_changes(store) == []
 
 
@@ -241,12 +241,12 @@ async def test_a_fold_takes_no_longer_than_others_may_wait(store: Store, monkeyp
     for lines in (1, 30_000, 30_000, 1, 1):
         await store.write(lambda connection, lines=lines: tallies.note(connection, "spring", [line] * lines))  # type: ignore[misc]
     for left in (4, 3, 2):
-        assert await fold(store) is True
+        assert await Folder(store).fold() is True
         assert len(await read_changes(store)) == left
-    assert await fold(store) is False
+    assert await Folder(store).fold() is False
     for _ in range(101):
         await store.write(lambda connection: tallies.note(connection, "spring", [line]))
-    assert await fold(store) is True
+    assert await Folder(store).fold() is True
     assert len(await read_changes(store)) == 1
     counts = await store.read(lambda connection: tallies.read(connection, "spring"))
     assert counts[Measure.OUTCOME, "5.2005"] == 60_003 + 101
@@ -273,7 +273,7 @@ async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(postgre
     await record(store, [make_body(name) for name in IDS])
     async with store._database._engine.connect() as folding:
         changes = await folding.run_sync(tallies.read_changes)
-        counts = tallies.count_changes(changes)
+        counts = tallies.count_changes(changes.rows)
         await folding.run_sync(lambda connection: tallies.fold(connection, changes.rows, counts))
         purging = asyncio.create_task(retention.purge(store, 2**60, advance=lambda _: None))
         while not await store.read(is_anybody_waiting):
@@ -305,11 +305,25 @@ async def test_folding_goes_on_after_a_failure(
         original(connection, **changes)
 
     monkeypatch.setattr(tallies, "fold", fail_once)
-    monkeypatch.setattr(services, "_FOLD_SECONDS", 0.01)
+    monkeypatch.setattr(services, "_PAUSE_SECONDS", 0.01)
     await record(store, [make_body(name) for name in IDS])
-    folding = asyncio.create_task(services._fold_on(store))
-    while await read_changes(store) and not folding.done():
+    running = services._begin_duties(store)
+    while await read_changes(store) and not any(task.done() for task in running):
         await asyncio.sleep(0.01)
-    folding.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await folding
+    await duties.stop(*running)
+    assert not await read_changes(store)
+
+
+async def test_a_defective_change_is_left_aside_and_all_others_are_folded(store: Store) -> None:
+    """Changes that nobody can count stay, and are told of once; those around them are folded, and reports go on."""
+    await record(store, [make_body(name) for name in IDS[:3]])
+    await store.write(lambda connection: tallies.note(connection, "unassigned", ["of another>release"]))
+    await record(store, [make_body(name) for name in IDS[3:]])
+    failed = metrics.FAILED_DUTIES.labels("fold")._value
+    before = failed.get()
+    folder = Folder(store)
+    for _ in range(3):
+        assert await folder.fold() is False
+    assert failed.get() == before + 1
+    assert [changes.count("of another") for changes in await read_changes(store)] == [1]
+    assert await store.read(read_tallies) == await store.read(count_plainly)

@@ -425,7 +425,7 @@ async def test_calls_are_counted_locally_while_redis_is_away(start_valkey: Calla
         valkey.start()
         with capture_logs() as lines:
             await wait_until_back(throttle)
-        assert [(line["event"], line["log_level"]) for line in lines] == [("throttle.redis_back", "info")]
+        assert [(line["event"], line["log_level"]) for line in lines] == [("throttle.redis_back", "warning")]
         fallbacks = throttle.fallbacks
         before = await count_questions(valkey.url)
         assert await call(throttle, make_user()) == 0

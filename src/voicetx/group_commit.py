@@ -5,19 +5,19 @@ databases: it makes batches of items, has them committed, and gives each caller 
 """
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
+
+from voicetx.duties import Duty, is_cancelled, note_failure, repeat
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _COMPANY = 4  # answered together: those are busy clients, who send again at once
 _CROWD = 32  # what a batch costs whatever its size is little for each of so many
-
-_log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):  # noqa: N818 - a state of the committer, named as one
@@ -142,28 +142,27 @@ class GroupCommitter(Generic[Item, Result]):
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as lanes:
             for lane in range(len(self._batches)):
-                lanes.create_task(self._commit_on(lane))
+                lanes.create_task(repeat(Duty.COMMIT, partial(self._commit_on, lane)))
 
-    async def _commit_on(self, lane: int) -> None:
-        """Commit one batch after the other, beside the other lanes."""
-        # A commit may turn the cancellation of this task into an error of its own; it ends the task all the same.
-        while not _is_cancelled():
-            if len(self._queue) >= self._count_wanted():
-                batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
-                self._batches[lane] = batch
-                self._wanted = self._count_wanted()
-                try:
-                    await self._settle(batch)
-                except Exception as error:  # noqa: BLE001 - one defect must not end the service for all who follow
-                    _log.exception("a defect in the commit of %d items", len(batch))
-                    _fail_all(batch, error)
-                self._batches[lane] = []
-                if len(batch) >= _COMPANY and self._company_seconds:
-                    await self._gather(min(len(batch) + len(self._queue), _CROWD), self._company_seconds)
-            elif self._is_closing:
-                return
-            else:
-                await self._gather(self._count_wanted())
+    async def _commit_on(self, lane: int) -> bool:
+        """Commit a batch beside the other lanes, or wait for one; say whether there may be more."""
+        if len(self._queue) >= self._count_wanted():
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
+            self._batches[lane] = batch
+            self._wanted = self._count_wanted()
+            try:
+                await self._settle(batch)
+            except Exception as error:  # noqa: BLE001 - one defect must not end the service for all who follow
+                note_failure(Duty.COMMIT, error, items=len(batch))
+                _fail_all(batch, error)
+            self._batches[lane] = []
+            if len(batch) >= _COMPANY and self._company_seconds:
+                await self._gather(min(len(batch) + len(self._queue), _CROWD), self._company_seconds)
+        elif self._is_closing:
+            return False
+        else:
+            await self._gather(self._count_wanted())
+        return True
 
     def _count_wanted(self) -> int:
         """Return how many have to wait for a batch of them to begin: beside another one, as many as are in that."""
@@ -200,7 +199,7 @@ class GroupCommitter(Generic[Item, Result]):
                 _fail_all(batch, error)
                 return
             except asyncio.CancelledError as error:
-                if _is_cancelled():
+                if is_cancelled():
                     raise
                 raise RuntimeError("the commit was cancelled, but not by its committer") from error
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller at fault gets it
@@ -228,6 +227,7 @@ class GroupCommitter(Generic[Item, Result]):
 
         Deadlines come in the order of submission: first those of what is under way, then those of the queue.
         """
+        self._alarm = None  # should this fail, the next item sets it again
         now = self._loop.time()
         under_way = list(chain(*self._batches))
         for entry in under_way:
@@ -237,7 +237,8 @@ class GroupCommitter(Generic[Item, Result]):
             _fail(self._queue.popleft(), CommitTimeout())
         unanswered = [entry.deadline for entry in under_way if not entry.future.done()]
         following = min(unanswered, default=self._queue[0].deadline if self._queue else None)
-        self._alarm = None if following is None else self._loop.call_at(following, self._answer_late)
+        if following is not None:
+            self._alarm = self._loop.call_at(following, self._answer_late)
 
     def _answer_the_rest(self, _task: "asyncio.Task[None]") -> None:
         """Answer those that a task cancelled from outside has left."""
@@ -245,11 +246,6 @@ class GroupCommitter(Generic[Item, Result]):
             self._alarm.cancel()
         _fail_all((*chain(*self._batches), *self._queue), Closed())
         self._queue.clear()
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _answer(part: Sequence[_Entry[Item, Result]], results: Sequence[Result]) -> None:

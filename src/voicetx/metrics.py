@@ -12,6 +12,9 @@ from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.values import MultiProcessValue, MutexValue, ValueClass
+
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 _own = CollectorRegistry()
 
@@ -72,11 +75,29 @@ THROTTLE_FALLBACKS = Counter(
     "voicetx_throttle_fallbacks", "Calls decided on without Redis, because it is away.", registry=_own
 )
 FAILED_SIGN_INS = Counter("voicetx_failed_sign_ins", "Credentials that nobody has.", registry=_own)
+_FAILED_DUTIES_TEXT = "Faults that nobody foresaw in what the service does by itself, by what that is."
+FAILED_DUTIES = Counter("voicetx_failed_duties", _FAILED_DUTIES_TEXT, ["duty"], registry=_own)
+
+
+def count_failed_duty(duty: str) -> None:
+    """Count a fault of a duty, also in the process that starts the others, which had no folder yet at its import."""
+    if _FOLDER_VARIABLE in os.environ and ValueClass is MutexValue:
+        value = MultiProcessValue()(  # type: ignore[no-untyped-call]  # the library's
+            "counter",
+            "voicetx_failed_duties",
+            "voicetx_failed_duties_total",
+            ("duty",),
+            (duty,),
+            _FAILED_DUTIES_TEXT,
+        )
+        value.inc(1)
+    else:
+        FAILED_DUTIES.labels(duty).inc()
 
 
 def render() -> bytes:
     """Return every figure of this instance, all its processes together, in Prometheus' text format."""
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    folder = os.environ.get(_FOLDER_VARIABLE)
     if folder is None:
         return generate_latest(_own)
     together = CollectorRegistry()

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from voicetx.duties import Duty, held
+
 T = TypeVar("T")
 
 _LENGTH = struct.Struct("<Q")
@@ -82,10 +84,10 @@ class OwnProcess:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Hand each result to who waits for it, in the order in which functions were sent."""
-        try:
+        with held(Duty.WRITER), suppress(asyncio.IncompleteReadError, OSError):  # these say that it has ended
             while True:
                 (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-                is_result, value = pickle.loads(await reader.readexactly(length))  # noqa: S301 - it is our own process
+                is_result, value = _load(await reader.readexactly(length))
                 result = self._waiting.popleft()
                 if result.done():  # nobody waits any more
                     continue
@@ -93,14 +95,19 @@ class OwnProcess:
                     result.set_result(value)
                 else:
                     result.set_exception(value)
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # it has ended
-        finally:
-            writer.close()
-            while self._waiting:
-                result = self._waiting.popleft()
-                if not result.done():
-                    result.set_exception(ProcessLost())
+        writer.close()
+        while self._waiting:
+            result = self._waiting.popleft()
+            if not result.done():
+                result.set_exception(ProcessLost())
+
+
+def _load(answer: bytes) -> tuple[bool, Any]:
+    try:
+        is_result, value = pickle.loads(answer)  # noqa: S301 - it is our own process
+    except Exception as error:  # noqa: BLE001 - what can't be read here is the matter of who waits for it
+        return False, RuntimeError(f"a result came back that cannot be read: {type(error).__qualname__}")
+    return is_result, value
 
 
 def _serve(channel: socket.socket) -> None:
@@ -117,9 +124,11 @@ def _run(data: bytes) -> bytes:
         return _dump(pickle.loads(data)(), is_result=True)  # noqa: S301 - it is our own process that sends it
     except Exception as error:  # noqa: BLE001 - it is raised where the function came from
         try:
-            return _dump(error, is_result=False)
-        except Exception:  # noqa: BLE001 - an exception that holds what cannot be sent: its kind is better than nothing
-            return _dump(RuntimeError(type(error).__qualname__), is_result=False)
+            answer = _dump(error, is_result=False)
+            pickle.loads(answer)  # noqa: S301 - some can be sent, and not be read there
+        except Exception:  # noqa: BLE001 - an exception that cannot be sent: its kind is better than nothing
+            answer = _dump(RuntimeError(type(error).__qualname__), is_result=False)
+        return answer
 
 
 def _dump(value: object, *, is_result: bool) -> bytes:

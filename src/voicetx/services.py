@@ -6,25 +6,31 @@ application. Closing answers everybody who waits before the database goes.
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 from uuid import UUID
 
 import structlog
+from sqlalchemy import Connection
 
-from voicetx import activity, migrations, tallies
+from voicetx import activity, duties, migrations, tallies
 from voicetx.activity import Activity
 from voicetx.auth import Authenticator
-from voicetx.folding import fold
+from voicetx.duties import Duty, do_all, held, note_failure
+from voicetx.folding import Folder
 from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Store, StoreUnavailable, ValueRefused, note_keys, note_repeats, open_store
+from voicetx.store import Store, StoreUnavailable, note_keys, note_repeats, open_store
 from voicetx.throttle import Throttle
 
-_FOLD_SECONDS = 3.0
-_REPEATS_AT_ONCE = 1_000
+K = TypeVar("K")
+
+_PAUSE_SECONDS = 3.0
+_KEPT_AT_ONCE = 1_000
 
 _log = structlog.get_logger(__name__)
 
@@ -38,7 +44,7 @@ class Services:
     throttle: Throttle
     authenticator: Authenticator
     recorder: Recorder
-    folding: "asyncio.Task[None]"
+    duties: "tuple[asyncio.Task[None], ...]"
     bulks: Counter[UUID] = field(default_factory=Counter)
     """Requests of many updates that are under way, by API user."""
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
@@ -50,6 +56,7 @@ class Services:
 
         Raises `SchemaOutdated` for a server database that is not at this release's schema, and `StoreUnavailable`.
         """
+        duties.watch_process()
         store = open_store(settings, has_writer=True)
         try:
             await migrations.prepare(store)
@@ -61,50 +68,82 @@ class Services:
         throttle = Throttle(settings)
         recorder = Recorder(store, settings)
         recorder.start()
-        folding = asyncio.create_task(_fold_on(store))
-        return cls(settings, store, throttle, Authenticator(store, settings, throttle), recorder, folding)
+        authenticator = Authenticator(store, settings, throttle)
+        return cls(settings, store, throttle, authenticator, recorder, _begin_duties(store))
 
     async def close(self) -> None:
-        """Commit and answer what was accepted, then let go of the database and of Redis."""
-        await self.recorder.close()
-        self.folding.cancel()
-        with suppress(asyncio.CancelledError):
-            await self.folding
+        """Commit and answer what was accepted, then let go of the database and of Redis, whatever of that fails."""
+        with held(Duty.STOP):
+            await self.recorder.close()
+        await duties.stop(*self.duties)
         # A database that is away can't have it, and is not waited for.
-        with suppress(StoreUnavailable):
+        with held(Duty.STOP), suppress(StoreUnavailable):
             await _keep(self.store, activity.take())
-        await self.throttle.close()
-        await self.store.close()
+        for part in (self.throttle, self.store):
+            with held(Duty.STOP):
+                await part.close()
 
 
-async def _fold_on(store: Store) -> None:
-    """Keep the tallies short, and what API users did on disk, for as long as the process serves."""
+def _begin_duties(store: Store) -> "tuple[asyncio.Task[None], ...]":
+    """Begin to keep the tallies short, and what API users did on disk, for as long as the process serves."""
+    folder = Folder(store)
+    return (
+        asyncio.create_task(_repeat(Duty.FOLD, partial(_fold, folder))),
+        asyncio.create_task(_repeat(Duty.ACTIVITY, partial(_keep_activity, store))),
+    )
+
+
+async def _repeat(duty: Duty, work: Callable[[], Awaitable[None]]) -> None:
     is_away = False
-    while True:
-        await asyncio.sleep(_FOLD_SECONDS)
-        done = activity.take()
+
+    async def take_turn() -> bool:
+        nonlocal is_away
         try:
-            await _keep(store, done)
-            while await fold(store):
-                pass
-        except (StoreUnavailable, ValueRefused) as error:
-            activity.give_back(done)
+            await work()
+        except StoreUnavailable as error:
             if not is_away:
-                _log.warning("tallies.not_folded", cause=str(error))
+                _log.warning("duty.waits", duty=str(duty), cause=str(error))
             is_away = True
         else:
             is_away = False
+        return True
+
+    await asyncio.sleep(_PAUSE_SECONDS)
+    await duties.repeat(duty, take_turn, pause_seconds=_PAUSE_SECONDS)
+
+
+async def _fold(folder: Folder) -> None:
+    while await folder.fold():
+        pass
+
+
+async def _keep_activity(store: Store) -> None:
+    done = activity.take()
+    try:
+        await _keep(store, done)
+    except BaseException:
+        activity.give_back(done)
+        raise
 
 
 async def _keep(store: Store, counts: Activity) -> None:
-    """Put counts on disk; what is there by then is no longer among them, also where this raises."""
-    if counts.users:
-        await store.write_beside(partial(tallies.add, deployment_id=activity.DEPLOYMENT, counts=counts.users))
-        counts.users.clear()
-    while repeats := dict(islice(counts.repeats.items(), _REPEATS_AT_ONCE)):
-        await store.write_beside(partial(note_repeats, repeats=repeats))
-        for key in repeats:
-            del counts.repeats[key]
-    if counts.keys:
-        await store.write_beside(partial(note_keys, keys=counts.keys))
-        counts.keys.clear()
+    """Put counts on disk; what is there by then is no longer among them, also where this raises `StoreUnavailable`."""
+    await _keep_all(
+        store, counts.users, lambda some: partial(tallies.add, deployment_id=activity.DEPLOYMENT, counts=Counter(some))
+    )
+    await _keep_all(store, counts.repeats, lambda some: partial(note_repeats, repeats=some))
+    await _keep_all(store, counts.keys, lambda some: partial(note_keys, keys=some))
+
+
+async def _keep_all(
+    store: Store, counts: Counter[K], make_work: Callable[[dict[K, int]], Callable[[Connection], None]]
+) -> None:
+    async def keep(some: Sequence[K]) -> None:
+        await store.write_beside(make_work({key: counts[key] for key in some}))
+        for key in some:
+            del counts[key]
+
+    while keys := list(islice(counts, _KEPT_AT_ONCE)):
+        for place, error in await do_all(keys, keep, blameless=(StoreUnavailable,)):
+            note_failure(Duty.ACTIVITY, error)
+            del counts[keys[place]]  # it would be refused for ever

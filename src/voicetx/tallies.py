@@ -10,7 +10,7 @@ Source: docs/decisions/0016-tallies.md.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import orjson
-from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null, select, union_all
+from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null, select, true, union_all
 
 from voicetx.contract import TROMBONE_SOURCE
 from voicetx.schema import tally, tally_change
@@ -151,11 +151,12 @@ class ChangesTaken(Exception):  # noqa: N818 - what happened to them
     """Another process has folded the changes meanwhile, or is at it."""
 
 
-def read_changes(connection: Connection) -> Changes:
-    """Return the oldest changes: at most 1,000 of them and 1 MiB, or a single one that is longer."""
+def read_changes(connection: Connection, without: Collection[int] = ()) -> Changes:
+    """Return the oldest changes but those: at most 1,000 of them and 1 MiB, or a single one that is longer."""
     columns = tally_change.c
     found = connection.execute(
         select(columns.change_id, func.length(columns.changes).label("characters"))
+        .where(columns.change_id.not_in(without) if without else true())
         .order_by(columns.change_id)
         .limit(_CHANGES_AT_ONCE + 1)
     ).all()
@@ -171,9 +172,9 @@ def _read_rows(connection: Connection, ids: Sequence[int]) -> Sequence[Any]:
     ).all()
 
 
-def count_changes(changes: Changes) -> dict[str, Counts]:
-    """Return what changes add to the counts, by deployment."""
-    return {deployment_id: _count_rows(rows) for deployment_id, rows in sorted(_group(changes.rows).items())}
+def count_changes(changes: Iterable[Any]) -> dict[str, Counts]:
+    """Return what changes add to the counts, by deployment; raises whatever it is that is wrong with one of them."""
+    return {deployment_id: _count_rows(rows) for deployment_id, rows in sorted(_group(changes).items())}
 
 
 def fold(connection: Connection, rows: Sequence[Sequence[Any]], counts: Mapping[str, Counts]) -> None:
@@ -206,7 +207,7 @@ def read(connection: Connection, deployment_id: str) -> Counts:
             others.where(tally_change.c.deployment_id == deployment_id),
         )
     ).all()
-    counts = _count_rows(row for row in rows if row.measure is None)
+    counts = _count_readable([row for row in rows if row.measure is None])
     for row in rows:
         if row.measure is not None:
             counts[Measure(row.measure), row.item] += row.registered
@@ -236,7 +237,7 @@ def read_registered(connection: Connection, only: str | None = None) -> dict[str
             found.setdefault(row.deployment_id, Counter())[row.measure] += row.registered
     for deployment_id, changes in _group(row for row in rows if row.measure is None).items():
         totals = found.setdefault(deployment_id, Counter())
-        for (measure, _), number in _count_rows(changes).items():
+        for (measure, _), number in _count_readable(changes).items():
             totals[measure] += number
     return {
         deployment_id: (totals[Measure.REGISTERED], totals[Measure.OUTCOME]) for deployment_id, totals in found.items()
@@ -264,8 +265,23 @@ def _group(rows: Iterable[Any]) -> dict[str, list[Any]]:
     return found
 
 
-def _count_rows(rows: Iterable[Any]) -> Counts:
-    rows = list(rows)
+def _count_readable(rows: Sequence[Any]) -> Counts:
+    """Return what changes add to the counts, but for defective ones: a report is better without them than not at all.
+
+    They are noted by whoever folds.
+    """
+    try:
+        return _count_rows(rows)
+    except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is noted
+        if len(rows) == 1:
+            return Counter()
+    middle = len(rows) // 2
+    counts = _count_readable(rows[:middle])
+    counts.update(_count_readable(rows[middle:]))
+    return counts
+
+
+def _count_rows(rows: Sequence[Any]) -> Counts:
     return _count(
         [(heading, lines) for row in rows if row.changes for heading, *lines in [row.changes.split("\n")]],
         sum(row.registered for row in rows),

@@ -29,6 +29,7 @@ from slowapi.wrappers import Limit
 from starlette.requests import Request
 
 from voicetx import metrics
+from voicetx.duties import Duty, held
 from voicetx.settings import Settings
 
 if TYPE_CHECKING:
@@ -237,9 +238,12 @@ class Throttle:
 
     async def close(self) -> None:
         """Close the connections to Redis, once the calls that wait for it are decided."""
-        await asyncio.gather(*(lease.asking for lease in self._leases.values() if lease.asking is not None))
+        asking = [lease.asking for lease in self._leases.values() if lease.asking is not None]
+        if asking:
+            await asyncio.wait(asking)
         if self._pool is not None:
-            await self._pool.aclose()
+            with held(Duty.STOP):
+                await self._pool.aclose()
         if self._counts is not None:
             self._counts.close()
 
@@ -347,8 +351,8 @@ class Throttle:
             return
         try:
             self._decide(lease, call.cost)
-        except ThrottleReached as reached:
-            call.decision.set_exception(reached)
+        except Exception as error:  # noqa: BLE001 - that a limit is reached, or whatever it is: its caller is told
+            call.decision.set_exception(error)
         else:
             call.decision.set_result(None)
 
@@ -372,7 +376,7 @@ class Throttle:
     def _note_back(self) -> None:
         if self._is_away:
             self._is_away = False
-            _log.info("throttle.redis_back", fallbacks=self.fallbacks)
+            _log.warning("throttle.redis_back", fallbacks=self.fallbacks)
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ import time
 from asyncio import Future, get_running_loop
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import structlog
 
@@ -23,6 +23,8 @@ from voicetx.contract import UPDATE_PATH, Update, parse
 from voicetx.errors import Refusal, Rejected
 from voicetx.recording import Outcome, Recorder
 from voicetx.services import Services
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -63,12 +65,14 @@ class ShortWay:
     def _take(self) -> None:
         offered, self._offered = self._offered, []
         recall = cache(self._services.authenticator.recall)  # of a turn most come from one dialer
-        users = [self._find_dialer(request, recall) for request in offered]
+        users = [_attempt(partial(self._find_dialer, request, recall)) for request in offered]
         updates = [
-            _parse(request.body) if user is not None else None for request, user in zip(offered, users, strict=True)
+            _attempt(partial(parse, request.body)) if user is not None else None
+            for request, user in zip(offered, users, strict=True)
         ]
+        spend = self._services.throttle.spend
         for request, user, update in zip(offered, users, updates, strict=True):
-            if user is None or update is None or not self._services.throttle.spend(user.api_key_id, user.call_limit):
+            if user is None or update is None or not _attempt(partial(spend, user.api_key_id, user.call_limit)):
                 request.decline()
             else:
                 submitted = _Submitted(request, user, update, self._submit(update, user))
@@ -112,9 +116,9 @@ class ShortWay:
         )
 
 
-def _parse(body: bytes) -> Update | None:
+def _attempt(step: Callable[[], T]) -> T | None:
     try:
-        return parse(body)
+        return step()
     except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is answered
         return None
 

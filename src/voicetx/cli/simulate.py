@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,7 @@ from voicetx.cli.output import AsJson, CommandError, complain, print_json
 from voicetx.cli.send import KEY_VARIABLE
 from voicetx.contract import UPDATE_PATH
 from voicetx.deployments import FileFormat, read_lines
+from voicetx.duties import Duty, repeat
 from voicetx.errors import Refusal
 from voicetx.settings import check_time_zone
 from voicetx.simulation import Campaign, Mishap, Sending
@@ -487,16 +489,26 @@ def ring_on() -> None:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, 0)  # nobody waits for a farewell
         # However long nothing gets through, and be it because this key's calls are throttled with somebody else's.
         async with _connect(address, secret_key, _LIVE_CONNECTIONS, math.inf) as service:
-            while True:
-                now = datetime.now(ZoneInfo(time_zone))
-                where, name = f"live-{now:%Y%m%d-%H%M%S}", f"Simulated at {now:%H:%M}"
-                ids = await _mint(service, where, name, _LIVE_CALLS, is_new=True)
-                campaign = Campaign(
-                    seed=time.time_ns(), begins_at=now.replace(tzinfo=None), rate=_LIVE_RATE, speed=_LIVE_SPEED
-                )
-                await _ring(service, campaign, ids, _LIVE_CONNECTIONS)
+            ring = partial(_ring_once, service, ZoneInfo(time_zone))
+            await repeat(Duty.SIMULATE, ring, foreseen=(CommandError,))
 
     try:
         asyncio.run(run())
     except CommandError as error:
         complain(f"No more calls are simulated: {error}")
+
+
+async def _ring_once(service: _Service, zone: ZoneInfo) -> bool:
+    """Ring a campaign in a deployment of its own, and say that another may follow."""
+    now = datetime.now(zone)
+    where, name = f"live-{now:%Y%m%d-%H%M%S}", f"Simulated at {now:%H:%M}"
+    campaign = Campaign(seed=time.time_ns(), begins_at=now.replace(tzinfo=None), rate=_LIVE_RATE, speed=_LIVE_SPEED)
+    try:
+        ids = await _mint(service, where, name, _LIVE_CALLS, is_new=True)
+        await _ring(service, campaign, ids, _LIVE_CONNECTIONS)
+    except CommandError:
+        raise
+    except Exception as error:
+        complain(f"A simulated campaign has failed ({type(error).__qualname__}); the next one begins.")
+        raise
+    return True

@@ -15,13 +15,14 @@ from uuid import UUID  # noqa: TC003 - beside the others
 from zoneinfo import ZoneInfo
 
 import orjson
-import structlog
 from sqlalchemy import Connection
 
+from voicetx import duties
 from voicetx.api.endpoints import make_aside
 from voicetx.auth import ApiUser
 from voicetx.dashboard.overview import Overview
 from voicetx.dashboard.rendering import format_clock, render_parts, summarise
+from voicetx.duties import Duty
 from voicetx.errors import Refusal, Rejected
 from voicetx.listings import Filters, ListedTransaction, list_transactions
 from voicetx.reports import DeploymentReport, mask_deployment, report_deployment
@@ -38,8 +39,6 @@ _LOOK_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 _RETRY_MS = 2_000
 _NO_OUTCOME = Filters(is_finished=False)
-
-_log = structlog.get_logger(__name__)
 
 
 class Look(NamedTuple):
@@ -68,7 +67,23 @@ class _Watch:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     looking: "asyncio.Task[None] | None" = None
 
-    def tell(self) -> None:
+    def see(self, look: Look | None) -> None:
+        """Take a look at the deployment, or None where it is gone, and tell of it where it is news."""
+        is_news = self.is_away or _differ(look, self.look)
+        self.is_away, self.is_gone = False, look is None
+        self.seen_at_ms = time.time_ns() // 1_000_000
+        if is_news or self.is_gone:
+            self.look = look
+            self.rendering = {}
+            self._tell()
+
+    def lose_sight(self) -> None:
+        """Tell that the deployment can't be looked at, where that is news."""
+        if not self.is_away:
+            self.is_away = True
+            self._tell()
+
+    def _tell(self) -> None:
         """Wake whoever waits for news; those who ask from now on wait for the next."""
         told, self.news = self.news, asyncio.Event()
         told.set()
@@ -157,24 +172,18 @@ class LivePages:
 
 async def _look_on(store: Store, deployment_id: str, watch: _Watch) -> None:
     """Look at a deployment every second and tell whoever watches when something changed."""
-    while not watch.is_gone:
-        is_away, look = False, watch.look
+
+    async def look() -> bool:
         try:
-            look = await store.read(lambda connection: look_at(connection, deployment_id))
+            watch.see(await store.read(lambda connection: look_at(connection, deployment_id)))
         except StoreUnavailable:
-            is_away = True
-        except Exception:  # noqa: BLE001 - the page says that it is not live, and the log why
-            _log.exception("dashboard.look_failed")
-            is_away = True
-        is_news = is_away != watch.is_away or _differ(look, watch.look)
-        watch.is_away, watch.is_gone = is_away, look is None and not is_away
-        if not is_away:
-            watch.seen_at_ms = time.time_ns() // 1_000_000
-        if is_news or watch.is_gone:
-            watch.look = look
-            watch.rendering = {}
-            watch.tell()
-        await asyncio.sleep(_LOOK_SECONDS)
+            watch.lose_sight()
+        except Exception:
+            watch.lose_sight()  # the page says that it is not live, and the log why
+            raise
+        return not watch.is_gone
+
+    await duties.repeat(Duty.LIVE_PAGE, look, pause_seconds=_LOOK_SECONDS)
 
 
 def _differ(one: Look | None, other: Look | None) -> bool:
