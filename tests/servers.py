@@ -409,6 +409,53 @@ def _may_enter(path: Path) -> bool:
     return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents))
 
 
+class PgBouncer(Server):
+    """A pooler in front of a PostgreSQL server, with two of its sessions to share; lets everybody in as `postgres`."""
+
+    _name = "pgbouncer"
+    _farewell = signal.SIGINT
+
+    def __init__(self, server: PostgreSQL, pool_mode: str) -> None:
+        super().__init__()
+        self._user = _UNPRIVILEGED if os.geteuid() == 0 else None  # it refuses to run as root
+        if self._user is not None:
+            shutil.chown(self._folder, self._user)
+        (self._folder / "users").write_text('"postgres" ""')
+        (self._folder / "pgbouncer.ini").write_text(
+            f"""[databases]
+            * = host=127.0.0.1 port={server.port}
+            [pgbouncer]
+            listen_addr = 127.0.0.1
+            listen_port = {self.port}
+            unix_socket_dir =
+            auth_type = trust
+            auth_file = users
+            pool_mode = {pool_mode}
+            default_pool_size = {20 if pool_mode == "session" else 2}
+            server_login_retry = 0.1
+            """
+        )
+
+    @staticmethod
+    def find_program() -> str | None:
+        """Return the path of the program, which is Debian's; None where it is not installed."""
+        return shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+    def url(self, database: str) -> str:
+        """Return the address of a database behind the pooler."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def _command(self) -> list[str | Path]:
+        return [self.find_program() or "pgbouncer", "pgbouncer.ini"]
+
+    def _is_ready(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+
 class Valkey(Server):
     """A Valkey server, which speaks Redis; keeps nothing on disk."""
 

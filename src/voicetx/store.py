@@ -47,12 +47,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import await_only
 
 from voicetx import tallies
 from voicetx.addresses import FileAddress, ServerAddress, read_database_url
 from voicetx.contract import Position, Update
 from voicetx.merge import Transaction
 from voicetx.own_process import OwnProcess, ProcessLost
+from voicetx.postgresql_sessions import PooledConnection, PoolerUnfit, open_session
 from voicetx.schema import FIELD_NAMES, api_secret, deployment, tally_change, voice_transaction
 from voicetx.settings import Settings
 from voicetx.tallies import Sent
@@ -71,6 +73,7 @@ _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: r
 _REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a trigger of somebody's
 _REFUSED_BY_SQLITE = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 _READ_ONLY = "25006"
+_AUTOCOMMIT = "AUTOCOMMIT"
 _AWAY = (
     OSError,
     PoolTimeoutError,
@@ -92,6 +95,10 @@ _NOT_THIS_HOST = (
 
 class StoreUnavailable(Exception):  # noqa: N818 - a state of the world, named as one
     """The database could not be reached, or could not do its work now; nothing is known to be written."""
+
+
+class DatabaseUnfit(StoreUnavailable):
+    """The database, or what is in between, won't do as it is set up; the text is a sentence and says what to do."""
 
 
 class ValueRefused(Exception):  # noqa: N818 - what happened to the work
@@ -137,9 +144,9 @@ class Store:
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, each statement of which is right by itself, and return its result once all are committed.
 
-        On PostgreSQL each statement is a transaction, which saves a small batch half its time; on SQLite the steps
-        share one. When it fails, the first of them may be on disk. Where a file has a writer, `work` is pickled.
-        Otherwise as `write`.
+        On PostgreSQL each statement is a transaction, which saves a small batch half its time; on SQLite, and behind a
+        pooler, the steps share one. When it fails, the first of them may be on disk. Where a file has a writer, `work`
+        is pickled. Otherwise as `write`.
         """
         return await self._run(self._database.write_in_steps, work)
 
@@ -186,6 +193,8 @@ class Store:
             except (OverflowError, orjson.JSONEncodeError, *_REFUSED_BY_SQLITE) as error:
                 # The first two: a number past 64 bits, on its way there.
                 raise ValueRefused(_describe(error)) from error
+            except PoolerUnfit as error:
+                raise DatabaseUnfit(str(error)) from error
             except _AWAY as error:
                 raise StoreUnavailable(_describe(error)) from error
 
@@ -274,8 +283,7 @@ class _Server:
         self._timeout_seconds = timeout_seconds
         statement_seconds = None if is_patient else timeout_seconds
         self._engine = _make_postgresql_engine(address, pool_size, timeout_seconds, statement_seconds)
-        steps = _make_postgresql_engine(address, 1, timeout_seconds, statement_seconds, _PLAN_BY_KEY)
-        self._in_steps = steps.execution_options(isolation_level="AUTOCOMMIT")
+        self._steps = _make_postgresql_engine(address, 1, timeout_seconds, statement_seconds, plans_by_key=True)
         self._step = asyncio.Lock()
         self._kept: AsyncConnection | None = None
 
@@ -301,19 +309,36 @@ class _Server:
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
         # Not given back to the pool between two batches: that and the way back cost as much as a small batch itself.
         async with self._step, AsyncExitStack() as broken:
-            connection, self._kept = self._kept or await self._in_steps.connect(), None
+            connection, self._kept = self._kept or await self._connect_for_steps(), None
             broken.push_async_exit(connection)
-            result = await connection.run_sync(work)
+            result = await connection.run_sync(partial(_take_steps, work))
             broken.pop_all()
             self._kept = connection
             return result
+
+    async def _connect_for_steps(self) -> "AsyncConnection":
+        connection = await self._steps.connect()
+        if not isinstance((await connection.get_raw_connection()).driver_connection, PooledConnection):
+            await connection.execution_options(isolation_level=_AUTOCOMMIT)
+        return connection
 
     async def close(self) -> None:
         async with self._step:
             if self._kept is not None:
                 await self._kept.close()
         await self._engine.dispose()
-        await self._in_steps.dispose()
+        await self._steps.dispose()
+
+
+def _take_steps(work: Callable[[Connection], T], connection: Connection) -> T:
+    result = work(connection)
+    if not _commits_each_step(connection):
+        connection.commit()
+    return result
+
+
+def _commits_each_step(connection: Connection) -> bool:
+    return connection.get_execution_options().get("isolation_level") == _AUTOCOMMIT
 
 
 def _forget(reading: "asyncio.Task[Any]") -> None:
@@ -374,24 +399,13 @@ def _make_private_file(path: Path) -> None:
             os.close(os.open(path.resolve(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
-# Acknowledged means on disk, whatever a role or a database is set to; settings that ask for more than that stay.
-_COMMIT_TO_DISK = (
-    "SELECT set_config('synchronous_commit', CASE setting WHEN 'off' THEN 'on' ELSE setting END, false)"
-    " FROM current_setting('synchronous_commit') AS setting"
-)
-# The last: a plan for which there is no other way has a cost that would have it compiled.
-_PLAN_BY_KEY = (
-    "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_hashjoin = off;"
-    " SET enable_mergejoin = off; SET jit = off"
-)
-
-
 def _make_postgresql_engine(
     address: ServerAddress,
     pool_size: int,
     timeout_seconds: float,
     statement_seconds: float | None,
-    preparation: str = "",
+    *,
+    plans_by_key: bool = False,
 ) -> "AsyncEngine":
     # It brings SQLAlchemy's ORM along: what works on a file starts faster without.
     from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
@@ -399,32 +413,35 @@ def _make_postgresql_engine(
     # asyncpg would give the first of several hosts all the time there is: where that one hangs, no other is asked.
     connect_seconds = min(timeout_seconds / len(address.hosts), address.connect_timeout_seconds or timeout_seconds)
 
-    async def connect(**_: object) -> Any:
+    async def connect() -> Any:
         errors: list[Exception] = []
         for options in address.list_connections():
             try:
-                return await connect_to(options)
+                return await open_session(
+                    options | {"server_settings": address.server_settings},
+                    timeout_seconds=connect_seconds,
+                    statement_seconds=statement_seconds,
+                    plans_by_key=plans_by_key,
+                )
             except _NOT_THIS_HOST as error:
                 errors.append(error)
         raise errors[-1]
 
-    async def connect_to(options: Mapping[str, Any]) -> Any:
-        connection = await asyncpg.connect(
-            **options,
-            timeout=connect_seconds,
-            command_timeout=statement_seconds,
-            server_settings={**address.server_settings},
+    def adapt() -> Any:
+        # As `async_creator` would do it, but behind a pooler no statement is kept, and none has a name.
+        connection = await_only(connect())
+        kept = {"prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
+
+        async def hand_over() -> Any:
+            return connection
+
+        return engine.dialect.loaded_dbapi.connect(
+            async_creator_fn=hand_over, **kept if isinstance(connection, PooledConnection) else {}
         )
-        try:
-            await connection.execute(f"{_COMMIT_TO_DISK}; {preparation}")
-        except BaseException:
-            connection.terminate()
-            raise
-        return connection
 
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=connect,
+        creator=adapt,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=timeout_seconds,
@@ -562,7 +579,7 @@ def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Seq
         if connection.dialect.name == "sqlite":
             return _get_sqlite(connection).execute(statement, values).fetchall()
         # Else there may be no transaction yet: SQLAlchemy begins it with the first statement that goes through it.
-        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        if _commits_each_step(connection):
             adapted: Any = connection.connection.dbapi_connection
             return cast("list[Sequence[Any]]", adapted.run_async(lambda driver: driver.fetch(statement, *values)))
     return connection.exec_driver_sql(statement, tuple(values)).all()

@@ -17,7 +17,7 @@ from voicetx.cli.output import CommandError, complain
 from voicetx.deployments import DeploymentError
 from voicetx.migrations import SchemaOutdated
 from voicetx.settings import describe_faults
-from voicetx.store import StoreUnavailable, ValueRefused
+from voicetx.store import DatabaseUnfit, StoreUnavailable, ValueRefused
 
 app = typer.Typer(
     name="voicetx",
@@ -70,6 +70,8 @@ def main() -> None:
     except ValidationError as error:
         for sentence in describe_faults(error):
             complain(sentence)
+    except DatabaseUnfit as error:
+        complain(f"{error}.")
     except StoreUnavailable as error:
         complain(f"The database cannot be used: {error}. VOICETX_DATABASE_URL says where it is.")
     except ValueRefused as error:
