@@ -13,24 +13,30 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, delete, func, select
 
+from bodies import encode, make_body
 from dialer import read_history
 from platform_side import make_user, register, run_on
 from servers import Service, clean_environment, find_family, find_free_port, has_ended, wait_until
 from test_cli import invoke
 from voicetx.auth import Grant
 from voicetx.cli import simulate as command
-from voicetx.deployments import Deployment, list_deployments
+from voicetx.contract import parse
+from voicetx.deployments import Deployment, create_deployment, list_deployments, register_transactions
 from voicetx.errors import Refusal
+from voicetx.recording import commit_batch
 from voicetx.reports import report_users
 from voicetx.schema import voice_update
+from voicetx.store import Received
 
 GRANTS = (Grant.TRANSACTIONS_UPDATE, Grant.DEPLOYMENTS_WRITE)
 QUICK = ("--speed", "5000", "--seed", "1", "--json")
@@ -287,8 +293,9 @@ class Throttled(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+@on_sqlite
 def test_a_live_campaign_goes_on_after_any_wait(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever uses up the demonstration's calls, or stops it, its campaign goes on; a key that is gone ends it."""
     clock = SimpleNamespace(now=0.0, time_ns=time.time_ns)
@@ -307,12 +314,44 @@ def test_a_live_campaign_goes_on_after_any_wait(
         stack.callback(throttled.shutdown)
         reading, writing = os.pipe()
         told = stack.enter_context(os.fdopen(writing, "w"))
-        print(json.dumps([f"http://127.0.0.1:{throttled.server_port}", "vsk_x", "UTC"]), file=told, flush=True)
+        print(
+            json.dumps([f"http://127.0.0.1:{throttled.server_port}", "vsk_x", "UTC", database_url]),
+            file=told,
+            flush=True,
+        )
         monkeypatch.setattr(sys, "stdin", stack.enter_context(os.fdopen(reading)))
         command.ring_on()
     assert clock.now >= 10 * 3600
     assert "No more calls are simulated" in (said := capsys.readouterr().err)
     assert "answered 498" in said
+
+
+@on_sqlite
+def test_a_live_demonstration_keeps_its_last_campaigns_only(database_url: str) -> None:
+    """Before each campaign the oldest ones are removed with all that was reported; what others made stays."""
+    file = Path(database_url.removeprefix("sqlite:///"))
+    register(database_url, ["tx-1"], "live-20260101-000000")
+    register(database_url, ["tx-2"], "live-mine")
+    names = [f"live-20260301-{number:06}" for number in range(40)]
+    sizes = []
+
+    def ring(connection: Connection, name: str) -> None:
+        ids = [f"{name}-{number}" for number in range(50)]
+        create_deployment(connection, name, "Simulated at 09:00")
+        register_transactions(connection, name, ids)
+        batch = [Received(parse(encode(make_body(told, message="x" * 500))), uuid4(), 1) for told in ids]
+        commit_batch(connection, batch)
+
+    for name in names:
+        asyncio.run(command._make_room(database_url))
+        run_on(database_url, partial(ring, name=name))
+        sizes.append(file.stat().st_size)
+    assert [found.deployment_id for found in find_deployments(database_url)] == [
+        "live-20260101-000000", "live-mine", *names[-12:],
+    ]  # fmt: skip
+    counted = select(func.count()).select_from(voice_update)
+    assert run_on(database_url, lambda connection: connection.execute(counted).scalar()) == 12 * 50
+    assert sizes[39] < 1.2 * sizes[14]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

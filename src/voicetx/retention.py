@@ -11,6 +11,7 @@ import pwd
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,24 +98,28 @@ async def purge(
     """
     subject = {"before_ms": before_ms, "deployment": deployment_id}
     run = await _Run.begin(store, "purge", subject, is_dry_run=is_dry_run)
-    populated: set[str] = set()
-    last = ""
-    while window := await store.read(partial(_find_transactions, last=last, before_ms=before_ms)):
-        last = window[-1].transaction_id
-        populated.update(row.deployment_id for row in window if not row.is_old)
-        for batch in _cut(row for row in window if row.is_old and deployment_id in {None, row.deployment_id}):
-            if is_dry_run:
-                run.counts.update(transactions=len(batch), updates=sum(row.updates for row in batch))
-            else:
-                ids = [row.transaction_id for row in batch]
-                await run.write(partial(_delete_transactions, ids=ids, before_ms=before_ms))
-        advance(len(window))
+    populated = await _purge_transactions(run, store, before_ms, deployment_id, advance)
     if deployment_id is None:
         await _purge_deployments(run, store, before_ms, populated)
         if is_dry_run:
             run.counts.update(access_tokens=await store.read(_count_tokens))
         else:
             await run.write(_delete_tokens)
+    await run.end()
+    return Purged(**run.counts)
+
+
+async def remove(store: Store, deployment_id: str) -> Purged:
+    """Delete a deployment with all its transactions, whatever their age, and their history; return what went.
+
+    A transaction that is updated or registered meanwhile stays, and the deployment with it. May be stopped and run
+    again. Raises as `Store` does.
+    """
+    before_ms = _now_ms()
+    run = await _Run.begin(store, "purge", {"before_ms": before_ms, "deployment": deployment_id}, is_dry_run=False)
+    await _purge_transactions(run, store, before_ms, deployment_id, lambda _: None)
+    with suppress(ValueRefused):  # by the foreign key: it is not empty
+        await run.write(partial(_delete_deployment, deployment_id=deployment_id, before_ms=before_ms))
     await run.end()
     return Purged(**run.counts)
 
@@ -235,14 +240,37 @@ def _is_old(before_ms: int) -> ColumnElement[bool]:
     )
 
 
-def _find_transactions(connection: Connection, last: str, before_ms: int) -> Sequence[Any]:
-    columns = voice_transaction.c.transaction_id, voice_transaction.c.deployment_id, voice_transaction.c.updates
-    return connection.execute(
-        select(*columns, _is_old(before_ms).label("is_old"))
-        .where(voice_transaction.c.transaction_id > last)
-        .order_by(voice_transaction.c.transaction_id)
+async def _purge_transactions(
+    run: _Run, store: Store, before_ms: int, deployment_id: str | None, advance: Advance
+) -> set[str]:
+    """Delete old transactions, of one deployment or of all; return the deployments that hold others."""
+    populated: set[str] = set()
+    find = partial(_find_transactions, deployment_id=deployment_id, before_ms=before_ms)
+    last = ""
+    while window := await store.read(partial(find, last=last)):
+        last = window[-1].transaction_id
+        populated.update(row.deployment_id for row in window if not row.is_old)
+        for batch in _cut(row for row in window if row.is_old):
+            if run.is_dry:
+                run.counts.update(transactions=len(batch), updates=sum(row.updates for row in batch))
+            else:
+                ids = [row.transaction_id for row in batch]
+                await run.write(partial(_delete_transactions, ids=ids, before_ms=before_ms))
+        advance(len(window))
+    return populated
+
+
+def _find_transactions(connection: Connection, deployment_id: str | None, before_ms: int, last: str) -> Sequence[Any]:
+    columns = voice_transaction.c
+    found = (
+        select(columns.transaction_id, columns.deployment_id, columns.updates, _is_old(before_ms).label("is_old"))
+        .where(columns.transaction_id > last)
+        .order_by(columns.transaction_id)
         .limit(_TRANSACTIONS_AT_ONCE)
-    ).all()
+    )
+    if deployment_id is not None:
+        found = found.where(columns.deployment_id == deployment_id)
+    return connection.execute(found).all()
 
 
 def _cut(rows: Iterable[Any]) -> Iterator[list[Any]]:

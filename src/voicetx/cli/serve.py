@@ -83,7 +83,8 @@ def demo(
 ) -> None:
     """Serve a demonstration: a database, an API user, a deployment with 100 transactions, and a curl line that works.
 
-    Run again, it finds what is there. With --live only warnings are logged, so that what it prints can be read.
+    Run again, it finds what is there. With --live only warnings are logged, so that what it prints can be read, and of
+    the simulated campaigns the last twelve are kept.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["VOICETX_DATABASE_URL"] = FileAddress(directory / "demo.db").url
@@ -98,7 +99,7 @@ def demo(
         def announce(address: str) -> None:
             typer.echo(_describe_demo(address, api_key_id, secret_key))
             if live:
-                company.enter_context(accompany(address, secret_key, settings.timezone))
+                company.enter_context(accompany(address, secret_key, settings))
 
         _run(settings, announce)
 

@@ -8,6 +8,7 @@ import asyncio
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -30,15 +31,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from voicetx import simulation
+from voicetx import retention, simulation
 from voicetx.cli.output import AsJson, CommandError, complain, print_json
 from voicetx.cli.send import KEY_VARIABLE
 from voicetx.contract import UPDATE_PATH
-from voicetx.deployments import FileFormat, read_lines
+from voicetx.deployments import FileFormat, list_deployments, read_lines
 from voicetx.duties import Duty, repeat
 from voicetx.errors import Refusal
-from voicetx.settings import check_time_zone
+from voicetx.settings import Settings, check_time_zone
 from voicetx.simulation import Campaign, Mishap, Sending
+from voicetx.store import Store, StoreUnavailable, ValueRefused
 
 if TYPE_CHECKING:
     import httpx
@@ -60,6 +62,9 @@ _LIVE_CALLS = 3_000
 _LIVE_RATE = 5.0
 _LIVE_SPEED = 10.0
 _LIVE_CONNECTIONS = 4
+_LIVE_KEPT = 12  # of ten minutes each
+_LIVE_ID = re.compile(r"live-[0-9]{8}-[0-9]{6}")
+_LIVE_NAME = "Simulated at"
 
 _FORBIDDEN = frozenset({Refusal.NOT_SIGNED_IN.code, Refusal.NOT_GRANTED.code})
 _PASSING = frozenset(
@@ -456,8 +461,8 @@ def _tell(found: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def accompany(address: str, secret_key: str, time_zone: str) -> Iterator[None]:
-    """Have a campaign after the other rung at a service, gently, by a process of its own.
+def accompany(address: str, secret_key: str, settings: Settings) -> Iterator[None]:
+    """Have a campaign after the other rung at a service, gently, by a process of its own, and the old ones purged.
 
     It ends with this context, and also where this process is killed.
     """
@@ -471,7 +476,8 @@ def accompany(address: str, secret_key: str, time_zone: str) -> Iterator[None]:
     assert child.stdin is not None  # noqa: S101 - it is a pipe
     try:
         with suppress(BrokenPipeError):
-            child.stdin.write(orjson.dumps([address, secret_key, time_zone], option=orjson.OPT_APPEND_NEWLINE))
+            told = [address, secret_key, settings.timezone, settings.database_url.get_secret_value()]
+            child.stdin.write(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
             child.stdin.flush()
         yield
     finally:
@@ -481,15 +487,15 @@ def accompany(address: str, secret_key: str, time_zone: str) -> Iterator[None]:
 
 
 def ring_on() -> None:
-    """Ring until standard input ends, whose first line says where, with which key and in which time zone."""
-    address, secret_key, time_zone = orjson.loads(sys.stdin.buffer.readline())
+    """Ring until standard input ends, whose first line says where, with which key, in which time zone and database."""
+    address, secret_key, time_zone, database_url = orjson.loads(sys.stdin.buffer.readline())
     os.environ["NO_PROXY"] = "*"  # it is on this machine
 
     async def run() -> None:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, 0)  # nobody waits for a farewell
         # However long nothing gets through, and be it because this key's calls are throttled with somebody else's.
         async with _connect(address, secret_key, _LIVE_CONNECTIONS, math.inf) as service:
-            ring = partial(_ring_once, service, ZoneInfo(time_zone))
+            ring = partial(_ring_once, service, ZoneInfo(time_zone), database_url)
             await repeat(Duty.SIMULATE, ring, foreseen=(CommandError,))
 
     try:
@@ -498,10 +504,11 @@ def ring_on() -> None:
         complain(f"No more calls are simulated: {error}")
 
 
-async def _ring_once(service: _Service, zone: ZoneInfo) -> bool:
-    """Ring a campaign in a deployment of its own, and say that another may follow."""
+async def _ring_once(service: _Service, zone: ZoneInfo, database_url: str) -> bool:
+    """Ring a campaign in a deployment of its own, once there is room for it, and say that another may follow."""
+    await _make_room(database_url)
     now = datetime.now(zone)
-    where, name = f"live-{now:%Y%m%d-%H%M%S}", f"Simulated at {now:%H:%M}"
+    where, name = f"live-{now:%Y%m%d-%H%M%S}", f"{_LIVE_NAME} {now:%H:%M}"
     campaign = Campaign(seed=time.time_ns(), begins_at=now.replace(tzinfo=None), rate=_LIVE_RATE, speed=_LIVE_SPEED)
     try:
         ids = await _mint(service, where, name, _LIVE_CALLS, is_new=True)
@@ -512,3 +519,20 @@ async def _ring_once(service: _Service, zone: ZoneInfo) -> bool:
         complain(f"A simulated campaign has failed ({type(error).__qualname__}); the next one begins.")
         raise
     return True
+
+
+async def _make_room(database_url: str) -> None:
+    """Remove the oldest of the campaigns that were rung here, so that there are few once there is one more."""
+    store = Store(database_url)
+    try:
+        rung = [
+            found.deployment_id
+            for found in await store.read(list_deployments)
+            if _LIVE_ID.fullmatch(found.deployment_id) and found.name.startswith(_LIVE_NAME)
+        ]
+        for deployment_id in rung[: 1 - _LIVE_KEPT]:
+            await retention.remove(store, deployment_id)
+    except (StoreUnavailable, ValueRefused) as error:
+        complain(f"Old campaigns were not purged: {error}.")
+    finally:
+        await store.close()
