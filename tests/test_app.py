@@ -22,7 +22,7 @@ from voicetx.api.bulk import BULK_PATH
 from voicetx.api.receipts import RECEIPTS_PATH
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.app import create_app
-from voicetx.auth import Grant
+from voicetx.auth import Authenticator, Grant
 from voicetx.contract import UPDATE_PATH
 from voicetx.deployments import create_deployment, register_transactions
 from voicetx.http_protocol import ContractProtocol
@@ -125,6 +125,36 @@ async def test_the_application_answers_as_the_short_way_does(served: tuple[FastA
                 answer.headers.pop("date", None)
                 answers.append((answer.status_code, answer.content, allow, sorted(answer.headers.items())))
             assert answers[0] == answers[1]
+
+
+async def test_every_refusal_says_its_code_in_the_head(
+    served: tuple[FastAPI, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is refused has its code in a header, on pages and where nobody foresaw it too; all else has none."""
+    _, address, key = served
+    headers = {"authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=address, headers=headers) as client:
+        for method, path, code in [
+            ("PUT", UPDATE_PATH, "1001"),
+            ("PUT", "/nowhere", "404"),
+            ("PUT", "/healthz", "405"),
+            ("POST", TOKEN_PATH, "1002"),
+            ("GET", "/api/v1/transactions/tx-1", "430"),
+            ("GET", "/dashboard", "498"),
+            ("GET", "/dashboard/nowhere", "404"),
+            ("GET", "/healthz", None),
+            ("GET", "/openapi.json", None),
+        ]:
+            answer = await client.request(method, path)
+            assert (path, answer.headers.get("x-voicetx-code")) == (path, code)
+
+        async def fail(*_: Any) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Authenticator, "authenticate", fail)
+        for path in (UPDATE_PATH, BULK_PATH):
+            answer = await client.post(path, headers={"authorization": "Bearer vsk_unknown"})
+            assert (answer.status_code, answer.headers["x-voicetx-code"]) == (500, "500")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "Deflate", "identity, gzip", "identity", "IDENTITY", ""])

@@ -143,6 +143,15 @@ def test_the_throttle_counts_lines(instance: tuple[str, httpx.Client, str]) -> N
     assert [show(database_url, f"tx-{number}").updates for number in range(10, 15)] == [1, 1, 1, 0, 0]
 
 
+def test_refused_lines_show_in_the_head(instance: tuple[str, httpx.Client, str]) -> None:
+    """The codes with which lines were refused stand in a header, each once; where all were taken there is none."""
+    _, client, key = instance
+    good = encode(make_body("tx-5"))
+    assert "x-voicetx-code" not in send(client, key, good).headers
+    answer = send(client, key, b"\n".join([b"{}", good, encode(make_body("nobody")), b"{}", b"[]"]))
+    assert (answer.status_code, answer.headers["x-voicetx-code"]) == (200, "1001, 1002, 1010")
+
+
 @given(st.binary(max_size=200).map(lambda text: text.replace(b"\0", b"\n")), st.lists(st.integers(0, 200)))
 def test_lines_do_not_depend_on_chunks(text: bytes, cuts: list[int]) -> None:
     """However a body is cut into chunks, its lines and their numbers are the same, and too long ones have no text."""

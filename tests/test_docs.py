@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from voicetx.cli import app
 from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, parse
-from voicetx.errors import Refusal
+from voicetx.errors import Challenge, Refusal
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "voicetx"
@@ -96,6 +96,13 @@ def test_the_table_of_answers_is_the_codes(page: str, heading: str) -> None:
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*?) \| .*\|$", section, re.MULTILINE)
     found = [(int(status), int(code), description) for status, code, description in rows]
     assert sorted(found) == sorted((refusal.status, refusal.code, refusal.description) for refusal in Refusal)
+
+
+def test_the_table_of_challenges_is_the_codes() -> None:
+    """The contract's table of mistakes has exactly those of `Challenge`, each with its error and sentence."""
+    section = read_section((ROOT / "docs" / "contract.md").read_text(encoding="utf-8"), "3. Answers")
+    rows = re.findall(r"^\| (?:498|430) \| (?:none|`(\w+)`) \| (.*?) \|$", section, re.MULTILINE)
+    assert rows == [(challenge.error or "", challenge.description) for challenge in Challenge]
 
 
 @every_page

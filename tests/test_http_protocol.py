@@ -56,7 +56,9 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]
     """Read one answer and return its status, headers and JSON."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     headers = {name.lower(): value for name, value in re.findall(r"^([\w-]+): (.*)\r$", head, re.MULTILINE)}
-    return int(head.split()[1]), headers, json.loads(await reader.readexactly(int(headers["content-length"])))
+    content = json.loads(await reader.readexactly(int(headers["content-length"])))
+    assert headers.get("x-voicetx-code", "") == str(content.get("code", ""))
+    return int(head.split()[1]), headers, content
 
 
 async def read_to_the_end(reader: asyncio.StreamReader) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ def test_refusals_are_rfc_6749_objects(instance: Instance, status: int, error: s
     answer = instance.ask(**request_of)
     assert (answer.status_code, answer.json()["error"]) == (status, error)
     assert answer.json().keys() == {"error", "error_description"}
+    assert re.fullmatch(r"498|413|499|1001|1002", answer.headers["x-voicetx-code"])
     assert answer.headers["cache-control"] == "no-store"
     assert ("www-authenticate" in answer.headers) is (status == 401 and "headers" in request_of)
 
@@ -215,6 +217,10 @@ def test_a_token_expires(database_url: str) -> None:
         assert answer["expires_in"] == 2
         assert instance.update(answer["access_token"]) == 200
         wait_until(lambda: instance.update(answer["access_token"]) == 401, "The token did not expire")
+        refused = client.put(UPDATE_PATH, headers={"authorization": f"Bearer {answer['access_token']}"})
+        assert refused.headers["www-authenticate"] == (
+            'Bearer realm="voicetx", error="invalid_token", error_description="The access token has expired."'
+        )
         assert instance.update(key) == 200
 
 

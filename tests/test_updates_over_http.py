@@ -24,7 +24,7 @@ from test_contract import BAD_VALUES, GOOD_VALUES, NOT_JSON
 from voicetx import auth
 from voicetx.auth import Grant
 from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, WIRE_NAMES, parse
-from voicetx.errors import Refusal
+from voicetx.errors import Challenge, Refusal
 from voicetx.merge import fold
 
 _ids = (f"tx-{number}" for number in count())
@@ -77,6 +77,7 @@ def check_refusal(answer: httpx.Response, refusal: Refusal, fields: list[str] | 
     assert (answer.status_code, content["code"]) == (refusal.status, refusal.code)
     assert content["description"] == refusal.description
     assert answer.headers["x-request-id"]
+    assert answer.headers["x-voicetx-code"] == str(refusal.code)
     assert answer.headers["content-type"] == "application/json"
     assert content.keys() <= {"code", "description", "errors"}
     if fields is not None:
@@ -90,6 +91,7 @@ def test_each_method_records(instance: Instance, method: str) -> None:
     answer = instance.send(make_body(transaction_id, message=method), method=method)
     assert (answer.status_code, answer.json()) == (200, {"transaction-id": transaction_id})
     assert answer.headers["x-request-id"]
+    assert "x-voicetx-code" not in answer.headers
     report = show(instance.database_url, transaction_id)
     assert (report.fields["message"], report.updates, report.history[0].api_user) == (method, 1, "dialer")
 
@@ -187,26 +189,31 @@ def test_unknown_transaction(instance: Instance) -> None:
 
 
 @pytest.mark.parametrize(
-    "authorization",
+    ("authorization", "challenge"),
     [
-        None,
-        "",
-        "Bearer",
-        "Basic dXNlcjpwYXNz",
-        "bearer-ish x",
-        "vsk_unknown",
-        "Bearer vsk_unknown",
-        "Bearer vat_unknown",
-        "Bearer x" + "x" * 4000,
-        "Bearer \u00e9",
+        (None, Challenge.NO_HEADER),
+        ("", Challenge.EMPTY),
+        ("Bearer", Challenge.MALFORMED),
+        ("Basic dXNlcjpwYXNz", Challenge.OTHER_SCHEME),
+        ("bearer-ish x", Challenge.OTHER_SCHEME),
+        ("vsk_unknown", Challenge.OTHER_SCHEME),
+        ("Bearer vsk_unknown", Challenge.UNKNOWN),
+        ("Bearer vat_unknown", Challenge.UNKNOWN),
+        ("Bearer x" + "x" * 4000, Challenge.UNKNOWN),
+        ("Bearer vsk_unknown vsk_unknown", Challenge.MALFORMED),
+        ('Bearer "vsk_unknown"', Challenge.MALFORMED),
+        ("Bearer \u00e9", Challenge.MALFORMED),
     ],
 )
-def test_bad_credentials_are_refused(instance: Instance, authorization: str | None) -> None:
-    """A header that is missing, not Bearer or names no valid credential is 498, with a challenge."""
+def test_bad_credentials_are_refused(instance: Instance, authorization: str | None, challenge: Challenge) -> None:
+    """A header that is missing, not Bearer or names no valid credential is 498, and the challenge says which it is."""
     headers = {} if authorization is None else {"authorization": authorization.encode("latin-1")}
     answer = instance.client.put(UPDATE_PATH, content=encode(make_body(next_id())), headers=headers)
     check_refusal(answer, Refusal.NOT_SIGNED_IN, [])
-    assert answer.headers["www-authenticate"] == "Bearer"
+    error, description = challenge.value
+    code = f', error="{error}"' if error else ""
+    expected = f'Bearer realm="voicetx"{code}, error_description="{description}"'
+    assert answer.headers.get_list("www-authenticate") == [expected]
 
 
 def test_the_scheme_is_read_in_any_case(instance: Instance) -> None:
@@ -217,8 +224,10 @@ def test_the_scheme_is_read_in_any_case(instance: Instance) -> None:
 
 
 def test_missing_grant(instance: Instance) -> None:
-    """A valid key without the grant is 430."""
-    check_refusal(instance.send(make_body(next_id()), key=instance.key_without_grant), Refusal.NOT_GRANTED, [])
+    """A valid key without the grant is 430, and the challenge says that it is the grant."""
+    answer = instance.send(make_body(next_id()), key=instance.key_without_grant)
+    check_refusal(answer, Refusal.NOT_GRANTED, [])
+    assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE", "OPTIONS", "HEAD", "TRACE", "MADEUP"])
@@ -226,6 +235,7 @@ def test_other_methods(instance: Instance, method: str) -> None:
     """Any other method is 405 and is told which there are, without a credential."""
     answer = instance.client.request(method, UPDATE_PATH)
     assert (answer.status_code, answer.headers["allow"]) == (405, "PUT, POST, PATCH")
+    assert answer.headers["x-voicetx-code"] == "405"
     if method != "HEAD":
         check_refusal(answer, Refusal.METHOD_NOT_SUPPORTED, [])
 

@@ -28,6 +28,7 @@ from voicetx.api.answers import (
     answer_error,
     choose_request_id,
     log_requests,
+    name_code,
     note_for_log,
     send_answer,
     to_response,
@@ -164,7 +165,8 @@ class RequestLine:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                code, _ = scope.get("state", {}).get("voicetx.log", (status, None))
+                message["headers"] = [*message.get("headers", ()), *name_code(code), (b"x-request-id", request_id)]
             await send(message)
 
         try:

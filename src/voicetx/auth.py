@@ -8,6 +8,7 @@ no slow hash is needed. The functions on a connection are for those who administ
 import asyncio
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import ColumnElement, Connection, Row, delete, insert, literal, select, update
 
 from voicetx import activity
-from voicetx.errors import Refusal, Rejected
+from voicetx.errors import Challenge, Refusal, Rejected
 from voicetx.schema import access_token, api_secret, api_user
 from voicetx.settings import Settings, check_limit, check_time_zone
 from voicetx.store import Store, ValueRefused
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _SECRET_PREFIX = "vsk_"  # noqa: S105 - what a secret key begins with, so that scanners find leaked ones
 TOKEN_PREFIX = "vat_"  # noqa: S105 - the same for access tokens
+_CREDENTIAL = re.compile(rb"[A-Za-z0-9._~+/-]+=*")  # b64token of RFC 6750, section 2.1
 _SLOTS = (1, 2)
 _NAME_LENGTH = 128
 _CACHE_SIZE = 10_000
@@ -133,10 +135,10 @@ class Authenticator:
         """
         credential = _read_bearer(authorization) if authorization is not None else None
         if credential is None:
-            raise Rejected(Refusal.NOT_SIGNED_IN)
+            raise Rejected(Refusal.NOT_SIGNED_IN, challenge=_explain(authorization))
         found = await self._find(credential, address)
         if _has_expired(found):
-            raise Rejected(Refusal.NOT_SIGNED_IN)
+            raise Rejected(Refusal.NOT_SIGNED_IN, challenge=Challenge.EXPIRED)
         return found.user
 
     async def issue_token(self, api_key_id: str, secret_key: str, address: str) -> Token:
@@ -211,7 +213,7 @@ class Authenticator:
         # Shielded: callers share it, and one that hangs up must not take it away from the others.
         found = await asyncio.shield(lookup)
         if found is None:
-            await self._fail(address)
+            await self._fail(address, Challenge.UNKNOWN if _CREDENTIAL.fullmatch(credential) else Challenge.MALFORMED)
         return found
 
     def _find_believed(self, digest: bytes) -> _Found | None:
@@ -261,9 +263,9 @@ class Authenticator:
         if not lookup.cancelled():
             lookup.exception()  # it is raised where it is awaited; if everybody hung up, nobody is owed it
 
-    async def _fail(self, address: str) -> NoReturn:
+    async def _fail(self, address: str, challenge: Challenge = Challenge.UNKNOWN) -> NoReturn:
         await self._throttle.count_failed_sign_in(address)
-        raise Rejected(Refusal.NOT_SIGNED_IN)
+        raise Rejected(Refusal.NOT_SIGNED_IN, challenge=challenge)
 
 
 def digest_bearer(authorization: bytes) -> bytes | None:
@@ -276,6 +278,15 @@ def _read_bearer(authorization: bytes) -> bytes | None:
     scheme, _, credential = authorization.partition(b" ")
     credential = credential.strip()
     return credential if credential and scheme.lower() == b"bearer" else None
+
+
+def _explain(authorization: bytes | None) -> Challenge:
+    """Return what is wrong with a header that bears no credential."""
+    if authorization is None:
+        return Challenge.NO_HEADER
+    if not authorization.strip():
+        return Challenge.EMPTY
+    return Challenge.MALFORMED if authorization.strip().lower() == b"bearer" else Challenge.OTHER_SCHEME
 
 
 def _has_expired(found: _Found) -> bool:

@@ -56,10 +56,30 @@ class Refusal(Enum):
         self.description = description
 
 
+class Challenge(Enum):
+    """What is wrong with a credential: the error of RFC 6750, section 3.1, and a sentence.
+
+    Who sent no credential made no error (same section). The sentences hold no quote and no backslash (section 3).
+    """
+
+    NO_HEADER = (None, "There is no authorization header.")
+    EMPTY = ("invalid_request", "The authorization header is empty, or there are several.")
+    OTHER_SCHEME = ("invalid_request", "The authorization header does not begin with Bearer and a space.")
+    MALFORMED = ("invalid_request", "What follows Bearer is no credential: it is empty or has other characters.")
+    UNKNOWN = ("invalid_token", "The credential is unknown or revoked.")
+    EXPIRED = ("invalid_token", "The access token has expired.")
+    NOT_GRANTED = ("insufficient_scope", "The API user lacks the grant for this.")
+
+    def __init__(self, error: str | None, description: str) -> None:
+        self.error = error
+        self.description = description
+
+
 class Rejected(Exception):  # noqa: N818 - it names what happened to the request, not a defect
     """A refusal: which row of the table, the fields at fault in body order, and when a retry can help.
 
     `retry_after_seconds` is a whole number of seconds, or None where a retry by itself changes nothing.
+    `challenge` says what is wrong with a credential.
     """
 
     def __init__(
@@ -68,8 +88,10 @@ class Rejected(Exception):  # noqa: N818 - it names what happened to the request
         faults: Sequence[Fault] = (),
         *,
         retry_after_seconds: int | None = None,
+        challenge: Challenge | None = None,
     ) -> None:
         super().__init__(refusal.description)
         self.refusal = refusal
         self.faults = tuple(faults)
         self.retry_after_seconds = retry_after_seconds
+        self.challenge = challenge

@@ -28,7 +28,16 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from voicetx.api.answers import Answer, AnswerCut, Ended, answer_refusal, choose_request_id, log_requests
+from voicetx.api.answers import (
+    Answer,
+    AnswerCut,
+    Ended,
+    Headers,
+    answer_refusal,
+    choose_request_id,
+    log_requests,
+    name_code,
+)
 from voicetx.api.heads import Head, read_head
 from voicetx.api.updates import REFUSED_METHOD
 from voicetx.contract import UPDATE_PATH
@@ -334,7 +343,7 @@ class ContractProtocol(HttpToolsProtocol):
         self.on_response_complete()
 
     def _render(self, answer: Answer, request_id: bytes, *, keep_alive: bool) -> bytes:
-        start = _render_start(answer.status, (*self.server_state.default_headers, *answer.headers))
+        start = _render_start(answer.status, answer.code, (*self.server_state.default_headers, *answer.headers))
         end = b"\r\n" if keep_alive else b"connection: close\r\n\r\n"
         length = len(answer.body)
         return b"%bcontent-length: %d\r\nx-request-id: %b\r\n%b%b" % (start, length, request_id, end, answer.body)
@@ -408,9 +417,9 @@ async def _run(cycle: RequestResponseCycle, app: Any, *asgi: Any) -> None:
 
 
 @lru_cache(maxsize=64)
-def _render_start(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+def _render_start(status: int, code: int, headers: Headers) -> bytes:
     """Return the lines of an answer that nearly all of a second have in common."""
-    return b"".join((STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers)))
+    return b"".join((STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in (*headers, *name_code(code)))))
 
 
 def _is_readable(target: bytes) -> bool:

@@ -22,7 +22,7 @@ from starlette.types import Scope, Send
 
 from voicetx import activity, metrics
 from voicetx.auth import ApiUser
-from voicetx.errors import Fault, Refusal, Rejected
+from voicetx.errors import Challenge, Fault, Refusal, Rejected
 from voicetx.logs import log_request_lines
 from voicetx.store import StoreUnavailable
 from voicetx.throttle import ThrottleReached
@@ -66,12 +66,27 @@ def answer_refusal(rejected: Rejected) -> Answer:
     refusal = rejected.refusal
     headers = _JSON
     if refusal.status == 401:  # noqa: PLR2004 - RFC 9110 15.5.2 wants a challenge with it
-        headers += ((b"www-authenticate", b"Bearer"),)
+        headers += ((b"www-authenticate", _render_challenge(rejected.challenge)),)
     if refusal is Refusal.ENCODING_NOT_SUPPORTED:
         headers += ((b"accept-encoding", b"identity"),)  # RFC 9110, section 15.5.16
     if rejected.retry_after_seconds is not None:
         headers += ((b"retry-after", b"%d" % rejected.retry_after_seconds),)
     return Answer(refusal.status, refusal.code, render_refusal(refusal, rejected.faults), headers)
+
+
+def _render_challenge(challenge: Challenge | None) -> bytes:
+    """Return a challenge as RFC 6750, section 3 writes it."""
+    text = 'Bearer realm="voicetx"'
+    if challenge is not None and challenge.error is not None:
+        text += f', error="{challenge.error}"'
+    if challenge is not None:
+        text += f', error_description="{challenge.description}"'
+    return text.encode()
+
+
+def name_code(code: int) -> Headers:
+    """Return the header that tells a refusal by its code, for who looks at no body; none for a success."""
+    return ((b"x-voicetx-code", b"%d" % code),) if code in _REFUSALS else ()
 
 
 def render_refusal(refusal: Refusal, faults: Iterable[Fault] = ()) -> bytes:
@@ -142,7 +157,12 @@ def note_for_log(scope: Scope, *, code: int, user: ApiUser | None = None) -> Non
 
 async def send_answer(send: Send, answer: Answer, request_id: bytes) -> None:
     """Send an answer over ASGI."""
-    headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body)), (b"x-request-id", request_id)]
+    headers = [
+        *answer.headers,
+        *name_code(answer.code),
+        (b"content-length", b"%d" % len(answer.body)),
+        (b"x-request-id", request_id),
+    ]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
 

@@ -70,13 +70,14 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
     settings = services.settings
     answers: list[bytes | _Pending] = []
     unfinished: list[_Pending] = []
+    codes: set[int] = set()  # of lines that are refused
     chunks = read_chunks(
         scope, receive, limit_bytes=settings.bulk_limit_bytes, timeout_seconds=settings.body_timeout_seconds
     )
     async for line in split_lines(chunks, settings.body_limit_bytes):
         if line.number > settings.bulk_limit_lines:
             raise Rejected(Refusal.BODY_TOO_LARGE)
-        answer = await _take_line(services, user, line)
+        answer = await _take_line(services, user, line, codes)
         answers.append(answer)
         if len(answers) % _LINES_A_TURN == 0:
             await asyncio.sleep(0)
@@ -88,10 +89,11 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
     await _wait_for(unfinished)
     lines: list[bytes] = []
     for answer in answers:
-        lines.append(answer if isinstance(answer, bytes) else _conclude(user, answer))
+        lines.append(answer if isinstance(answer, bytes) else _conclude(user, answer, codes))
         if len(lines) % _LINES_A_TURN == 0:
             await asyncio.sleep(0)
-    return Answer(200, 200, b"".join(lines), _NDJSON)
+    refused = ((b"x-voicetx-code", b", ".join(b"%d" % code for code in sorted(codes))),) if codes else ()
+    return Answer(200, 200, b"".join(lines), _NDJSON + refused)
 
 
 async def _wait_for(lines: Iterable[_Pending]) -> None:
@@ -101,31 +103,32 @@ async def _wait_for(lines: Iterable[_Pending]) -> None:
             await asyncio.wait([pending.outcome])
 
 
-async def _take_line(services: Services, user: ApiUser, line: Line) -> bytes | _Pending:
+async def _take_line(services: Services, user: ApiUser, line: Line, codes: set[int]) -> bytes | _Pending:
     try:
         if (admission := services.throttle.admit(user.api_key_id, user.call_limit)) is not None:
             await admission
         if line.text is None:
-            return _refuse(user, line.number, Rejected(Refusal.BODY_TOO_LARGE))
+            return _refuse(user, line.number, Rejected(Refusal.BODY_TOO_LARGE), codes)
         update = parse(line.text)
         outcome = services.recorder.submit(update, user.api_key_id)
     except Exception as error:  # noqa: BLE001 - each becomes its line's answer
-        return _refuse(user, line.number, Recorder.explain(error))
+        return _refuse(user, line.number, Recorder.explain(error), codes)
     return _Pending(line.number, update.transaction_id, outcome)
 
 
-def _conclude(user: ApiUser, pending: _Pending) -> bytes:
+def _conclude(user: ApiUser, pending: _Pending, codes: set[int]) -> bytes:
     error = pending.outcome.exception()
     if isinstance(error, Exception):
-        return _refuse(user, pending.number, Recorder.explain(error))
+        return _refuse(user, pending.number, Recorder.explain(error), codes)
     if pending.outcome.result() is Outcome.UNKNOWN:
-        return _refuse(user, pending.number, Rejected(Refusal.NOT_PROCESSED))
+        return _refuse(user, pending.number, Rejected(Refusal.NOT_PROCESSED), codes)
     return b'{"line":%d,"transaction-id":%b}\n' % (pending.number, orjson.dumps(pending.transaction_id))
 
 
-def _refuse(user: ApiUser, number: int, error: Exception) -> bytes:
+def _refuse(user: ApiUser, number: int, error: Exception, codes: set[int]) -> bytes:
     rejected = to_rejected(error)
     activity.count(user.api_key_id, f"code-{rejected.refusal.code}")
+    codes.add(rejected.refusal.code)
     answer: dict[str, Any] = {"line": number, **orjson.loads(render_refusal(rejected.refusal, rejected.faults))}
     if rejected.retry_after_seconds is not None:
         answer["retry-after"] = rejected.retry_after_seconds

@@ -25,7 +25,7 @@ from voicetx.api.bodies import read_body
 from voicetx.api.openapi import UPDATE_REQUEST, describe_update_answers
 from voicetx.auth import ApiUser, Grant
 from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, Update, parse
-from voicetx.errors import Refusal, Rejected
+from voicetx.errors import Challenge, Refusal, Rejected
 from voicetx.services import Services
 
 METHODS = frozenset(UPDATE_METHODS)
@@ -87,7 +87,7 @@ def find_authorization(scope: Scope) -> bytes | None:
 def require_grant(user: ApiUser, *grants: Grant) -> None:
     """Raise `Rejected` (430) unless the user holds one of the grants."""
     if user.grants.isdisjoint(grants):
-        raise Rejected(Refusal.NOT_GRANTED)
+        raise Rejected(Refusal.NOT_GRANTED, challenge=Challenge.NOT_GRANTED)
 
 
 def client_address(scope: Scope) -> str:
