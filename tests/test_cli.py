@@ -6,13 +6,15 @@ import json
 import os
 import pty
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import tomllib
 from collections import Counter
-from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
@@ -206,7 +208,6 @@ def test_no_table_cuts_what_it_shows(database_url: str, monkeypatch: pytest.Monk
 )
 def test_what_cannot_be_done_is_a_sentence(sqlite_url: str, arguments: tuple[str, ...], sentence: str) -> None:
     """Whatever cannot be done is said in a sentence, with a non-zero exit status."""
-    invoke(sqlite_url, "user", "list")
     if "taken" in arguments:
         make_user(sqlite_url, "taken")
         register(sqlite_url, [], "taken")
@@ -217,7 +218,13 @@ def test_what_cannot_be_done_is_a_sentence(sqlite_url: str, arguments: tuple[str
 
 
 @pytest.fixture
-def sqlite_url(tmp_path: Path) -> str:
+def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """Return the address of a fresh SQLite database."""
+    return f"sqlite:///{shutil.copyfile(sqlite_template, tmp_path / 'fresh.db')}"
+
+
+@pytest.fixture
+def new_url(tmp_path: Path) -> str:
     """Return the address of a SQLite database that is not there yet."""
     return f"sqlite:///{tmp_path / 'new.db'}"
 
@@ -228,14 +235,61 @@ def test_a_database_that_is_away_is_a_sentence() -> None:
     complaint = fail(away, "user", "list")
     assert "The database cannot be used" in complaint
     assert "hunter2" not in complaint
-    assert "/nowhere/at/all.db: No such file or directory." in fail("sqlite:////nowhere/at/all.db", "user", "list")
+    assert "/nowhere/at/all.db: No such file or directory." in fail("sqlite:////nowhere/at/all.db", "db", "upgrade")
     assert "VOICETX_DATABASE_URL" in fail("mysql://x", "user", "list")
 
 
-def test_an_embedded_database_is_made_when_it_is_first_used(sqlite_url: str, tmp_path: Path) -> None:
-    """A command on a SQLite file that is not there makes it, readable by its owner alone."""
-    run(sqlite_url, "user", "list")
+COMMANDS = [
+    ("user", "list"),
+    ("user", "show", "dialer"),
+    ("user", "activity"),
+    ("deployment", "list"),
+    ("deployment", "show", "campaign"),
+    ("deployment", "missing", "campaign"),
+    ("deployment", "export", "campaign"),
+    ("deployment", "receipts", "-"),
+    ("transaction", "show", "tx-1"),
+    ("audit", "list"),
+    ("purge", "--older-than", "1d", "--deployment", "campaign", "--dry-run"),
+    ("erase", "--number", "+15550100", "--dry-run"),
+    ("db", "check"),
+]
+"""Every command that reads the database and writes nothing."""
+
+WRITING = [
+    ("user", "add", "dialer"),
+    ("user", "grant", "dialer", "transactions:read"),
+    ("key", "add", "dialer"),
+    ("deployment", "create", "campaign"),
+    ("deployment", "mint", "campaign", "1"),
+    ("deployment", "load", "campaign", "-"),
+    ("purge", "--older-than", "1d"),
+    ("erase", "--number", "+15550100"),
+    ("db", "backup", "backup.db"),
+]
+
+
+def test_no_command_makes_a_database_but_those_that_are_for_it(new_url: str, tmp_path: Path) -> None:
+    """Where there is no database file a command says so and makes none; `db upgrade` makes one for its owner alone."""
+    for command in [*COMMANDS, *WRITING]:
+        assert "there is no such database" in fail(new_url, *command), command
+        assert not list(tmp_path.iterdir())
+    run(new_url, "db", "upgrade")
     assert (tmp_path / "new.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_reads_waits_for_nobody_who_writes(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While somebody holds the writer's lock of a SQLite file for long, every command that only reads it works."""
+    make_user(sqlite_url)
+    register(sqlite_url, ["tx-1"])
+    monkeypatch.setenv("VOICETX_COMMIT_TIMEOUT_SECONDS", "0.1")
+    with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("UPDATE voice_transaction SET updates = updates + 1")
+        for command in COMMANDS:
+            run(sqlite_url, *command)
+        run(sqlite_url, "db", "backup", "backup.db")
+        assert "locked" in fail(sqlite_url, "deployment", "create", "second")
 
 
 def write_ids(path: Path, ids: list[str], *, as_csv: bool) -> Path:
@@ -509,9 +563,9 @@ def test_an_upgrade_takes_the_time_that_it_needs(database_url: str, monkeypatch:
     holding.join()
 
 
-def test_serve_migrates_an_embedded_database(sqlite_url: str) -> None:
+def test_serve_migrates_an_embedded_database(new_url: str) -> None:
     """An embedded database that is not there is made by `serve` itself, by however many processes."""
-    with Service(sqlite_url, workers=2) as service:
+    with Service(new_url, workers=2) as service:
         assert httpx.get(f"{service.base_url}/readyz").status_code == 200
 
 

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.anyio
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the address of a database with nothing in it."""
     if request.param == "sqlite":
+        (tmp_path / "empty.db").touch()
         return f"sqlite:///{tmp_path / 'empty.db'}"
     server: PostgreSQL = request.getfixturevalue("postgresql")
     return server.create_database(f"empty-{tmp_path.name}-{id(tmp_path)}")

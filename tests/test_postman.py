@@ -48,6 +48,7 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Replay:
     assert NEWMAN.exists(), "newman is missing: `make test` installs it"
     folder = tmp_path_factory.mktemp("postman")
     database_url = f"sqlite:///{folder / 'voicetx.db'}"
+    run_command(database_url, "db", "upgrade")
     user = add_user(database_url, "dialer", "--grant", "transactions:update")
     without_grant = add_user(database_url, "no-grant")
     throttled = add_user(database_url, "throttled", "--grant", "transactions:update", "--limit", "1/day")

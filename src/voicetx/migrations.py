@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, inspect, text
 
 from voicetx.schema import metadata
-from voicetx.store import Store
+from voicetx.store import DatabaseMissing, Store
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -44,7 +44,8 @@ def configure(connection: Connection) -> "Config":
 async def upgrade(store: Store) -> None:
     """Bring the database to this release's schema, in one transaction; does nothing where it is there already.
 
-    Several processes may call it at once: one does it and the others find it done.
+    A database file that is not there is made. Several processes may call it at once: one does it and the others find it
+    done.
     """
 
     def work(connection: Connection) -> None:
@@ -54,6 +55,7 @@ async def upgrade(store: Store) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
         command.upgrade(configure(connection), "head")
 
+    await store.make()
     await store.write(work)
 
 
@@ -88,10 +90,10 @@ async def find_differences(store: Store) -> list[str]:
 
 
 async def prepare(store: Store) -> None:
-    """Make the database ready to serve: upgrade an embedded one; raise `SchemaOutdated` for an old server database."""
+    """Make the database ready to serve: make or upgrade a file; raise `SchemaOutdated` for an old server database."""
     try:
         await check(store)
-    except SchemaOutdated:
+    except (SchemaOutdated, DatabaseMissing):
         if not store.is_embedded:
             raise
         await upgrade(store)

@@ -23,7 +23,6 @@ import asyncpg
 import orjson
 from sqlalchemy import (
     ARRAY,
-    URL,
     BigInteger,
     ColumnElement,
     Connection,
@@ -101,6 +100,10 @@ class DatabaseUnfit(StoreUnavailable):
     """The database, or what is in between, won't do as it is set up; the text is a sentence and says what to do."""
 
 
+class DatabaseMissing(DatabaseUnfit):
+    """There is no such database file, and nobody asked for one to be made; the text is a sentence."""
+
+
 class ValueRefused(Exception):  # noqa: N818 - what happened to the work
     """The database is well and refuses a value of the work, which was rolled back; a retry changes nothing."""
 
@@ -132,6 +135,17 @@ class Store:
             self._database = _Embedded(address.path, pool_size, wait_seconds, OwnProcess() if has_writer else None)
         else:
             self._database = _Server(address, pool_size, timeout_seconds, is_patient=is_patient)
+
+    async def make(self) -> None:
+        """Make a database file that is not there: empty, and for its owner only. A server's database is made elsewhere.
+
+        Without it, whatever meets a file that is not there raises `DatabaseMissing`. Raises `StoreUnavailable`.
+        """
+        if isinstance(self._database, _Embedded):
+            try:
+                await asyncio.to_thread(_make_private_file, self._database.path)
+            except OSError as error:
+                raise StoreUnavailable(_describe(error)) from error
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own and return its result once that is committed.
@@ -207,7 +221,7 @@ class _Embedded:
     """
 
     def __init__(self, path: Path, pool_size: int, timeout_seconds: float, process: OwnProcess | None) -> None:
-        self._path = path
+        self.path = path
         self._timeout_seconds = timeout_seconds
         self._process = process
         self._writer = _make_sqlite_writer(path, timeout_seconds)
@@ -222,7 +236,7 @@ class _Embedded:
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
         if self._process is None:
             return await self.write(work)
-        return await self._process.run(partial(_write_file, self._path, self._timeout_seconds, time.monotonic(), work))
+        return await self._process.run(partial(_write_file, self.path, self._timeout_seconds, time.monotonic(), work))
 
     async def write_beside(self, work: Callable[[Connection], T]) -> T:
         return await self.write_in_steps(work)
@@ -366,18 +380,13 @@ def _make_sqlite_engine(
     path: Path, begin: str, pool_size: int, timeout_seconds: float, pragmas: Iterable[str] = ()
 ) -> Engine:
     engine = create_engine(
-        URL.create("sqlite", database=str(path)),
+        "sqlite://",
+        creator=partial(_open_file, path, timeout_seconds),
         poolclass=QueuePool,
         pool_size=pool_size,
         max_overflow=0,
         hide_parameters=True,
-        # Any thread of the pool may use any connection: one at a time.
-        connect_args={"isolation_level": None, "timeout": timeout_seconds, "check_same_thread": False},
     )
-
-    @event.listens_for(engine, "do_connect")
-    def _make_file(*_: object) -> None:
-        _make_private_file(path)
 
     @event.listens_for(engine, "connect")
     def _prepare(dbapi_connection: Any, _record: object) -> None:
@@ -389,6 +398,19 @@ def _make_sqlite_engine(
         _get_sqlite(connection).execute(begin)
 
     return engine
+
+
+def _open_file(path: Path, timeout_seconds: float) -> sqlite3.Connection:
+    """Return a connection to a file that is there; any thread of a pool may use it, one at a time."""
+    address = f"{path.absolute().as_uri()}?mode=rw"  # SQLite by itself would make the file
+    try:
+        return sqlite3.connect(
+            address, uri=True, isolation_level=None, timeout=timeout_seconds, check_same_thread=False
+        )
+    except sqlite3.OperationalError:
+        if path.exists():
+            raise
+        raise DatabaseMissing(f"{path}: there is no such database. To make it, run: voicetx db upgrade") from None
 
 
 def _make_private_file(path: Path) -> None:

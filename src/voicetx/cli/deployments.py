@@ -19,6 +19,7 @@ from voicetx.cli.output import (
     print_json,
     print_table,
     printable,
+    read,
     run_on_store,
     write,
 )
@@ -67,7 +68,7 @@ def create(
 @app.command("list")
 def list_all(as_json: AsJson = False) -> None:
     """List the deployments, oldest first."""
-    rows = [_describe(found) for found in write(deployments.list_deployments)]
+    rows = [_describe(found) for found in read(deployments.list_deployments)]
     if as_json:
         print_json(rows)
     else:
@@ -86,7 +87,7 @@ def show(
     def work(connection: Connection) -> tuple[Deployment, DeploymentReport | None]:
         return deployments.find_deployment(connection, deployment_id), report_deployment(connection, deployment_id)
 
-    found, report = write(work)
+    found, report = read(work)
     assert report is not None  # noqa: S101 - it was found
     if as_json:
         print_json({**_describe(found), "report": describe_deployment(report, zone)})
@@ -185,7 +186,7 @@ def load(
     NDJSON has {"transaction-id": ...} on each line, CSV a header with transaction-id. Bad lines are named and the rest
     is loaded; the exit status is then 1.
     """
-    write(lambda connection: deployments.require_deployment(connection, deployment_id))
+    read(lambda connection: deployments.require_deployment(connection, deployment_id))
     source = sys.stdin if file == "-" else Path(file).open(encoding="utf-8-sig", errors="replace", newline="")  # noqa: SIM115 - closed below
     try:
         lines = _read(source, file, file_format)

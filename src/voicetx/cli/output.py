@@ -42,12 +42,15 @@ def complain(sentence: str) -> None:
 
 
 def run_on_store(work: Callable[[Store], Awaitable[T]]) -> T:
-    """Run `work` on the settings' database and return its result; an embedded one is made first."""
+    """Run `work` on the settings' database, which has to be there with this release's schema, and return its result.
+
+    Raises `DatabaseMissing` and `SchemaOutdated`: a command for users or deployments makes no database.
+    """
 
     async def run() -> T:
         store = open_store(Settings())
         try:
-            await migrations.prepare(store)
+            await migrations.check(store)
             return await work(store)
         finally:
             await store.close()
@@ -56,8 +59,13 @@ def run_on_store(work: Callable[[Store], Awaitable[T]]) -> T:
 
 
 def write(work: Callable[[Connection], T]) -> T:
-    """Run `work` in a transaction on the settings' database and return its result; an embedded one is made first."""
+    """Run `work` in a transaction on the settings' database, as `run_on_store` does, and return its result."""
     return run_on_store(lambda store: store.write(work))
+
+
+def read(work: Callable[[Connection], T]) -> T:
+    """Run `work`, which writes nothing, as `write` does, but wait for nobody who writes."""
+    return run_on_store(lambda store: store.read(work))
 
 
 def print_json(value: Any) -> None:

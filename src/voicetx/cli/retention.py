@@ -18,9 +18,9 @@ from voicetx.cli.output import (
     complain,
     follow_progress,
     print_json,
+    read,
     read_age,
     run_on_store,
-    write,
 )
 from voicetx.reports import format_time
 from voicetx.retention import Advance, AuditRecord, StillReported
@@ -47,7 +47,7 @@ def purge(
     """
     before_ms = time.time_ns() // 1_000_000 - read_age(older_than)
     if deployment is not None:
-        write(lambda connection: deployments.require_deployment(connection, deployment))
+        read(lambda connection: deployments.require_deployment(connection, deployment))
     purged = _run(
         lambda store, advance: retention.purge(
             store, before_ms, deployment_id=deployment, is_dry_run=dry_run, advance=advance
@@ -103,7 +103,7 @@ def group() -> None:
 @audit.command("list")
 def list_all(as_json: AsJson = False) -> None:
     """List what was purged and erased, oldest first."""
-    rows = [_describe(record) for record in write(retention.list_audit_records)]
+    rows = [_describe(record) for record in read(retention.list_audit_records)]
     if as_json:
         print_json(rows)
         return

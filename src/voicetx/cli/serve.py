@@ -93,6 +93,7 @@ def demo(
         os.environ.setdefault("VOICETX_LOG_LEVEL", LogLevel.WARNING)
     given = {"host": host, "port": port}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    asyncio.run(_prepare(settings))
     api_key_id, secret_key = _make_demo(directory / "secret-key")
     with ExitStack() as company:
 

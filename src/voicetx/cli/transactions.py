@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from voicetx.cli.output import AsJson, CommandError, print_json, print_table, printable, write
+from voicetx.cli.output import AsJson, CommandError, print_json, print_table, printable, read
 from voicetx.reports import describe_transaction, format_time, report_transaction
 
 app = typer.Typer(no_args_is_help=True)
@@ -20,7 +20,7 @@ def show_transaction(
     transaction_id: Annotated[str, typer.Argument(metavar="ID", help="The transaction id.")], as_json: AsJson = False
 ) -> None:
     """Show a transaction as its updates have made it, and the updates, oldest first."""
-    report = write(lambda connection: report_transaction(connection, transaction_id))
+    report = read(lambda connection: report_transaction(connection, transaction_id))
     if report is None:
         raise CommandError(f"There is no transaction {transaction_id}.")
     if as_json:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from voicetx import auth
 from voicetx.auth import ApiUser, Grant, SecretKey
-from voicetx.cli.output import AsJson, print_json, print_table, printable, write
+from voicetx.cli.output import AsJson, print_json, print_table, printable, read, write
 from voicetx.reports import describe_user, format_time, report_users
 
 users = typer.Typer(no_args_is_help=True)
@@ -54,7 +54,7 @@ def add_user(
 @users.command("list")
 def list_users(as_json: AsJson = False) -> None:
     """List the API users."""
-    rows = [_describe(user) for user in write(auth.list_users)]
+    rows = [_describe(user) for user in read(auth.list_users)]
     if as_json:
         print_json(rows)
     else:
@@ -64,7 +64,7 @@ def list_users(as_json: AsJson = False) -> None:
 @users.command("show")
 def show_user(user: User, as_json: AsJson = False) -> None:
     """Show an API user, and when each of its secret keys was made and last used (to the minute)."""
-    found = write(lambda connection: auth.find_user(connection, user))
+    found = read(lambda connection: auth.find_user(connection, user))
     row = _describe(found)
     secret_keys = [_describe_key(key) for key in found.keys]
     if as_json:
@@ -85,7 +85,7 @@ def show_activity(
 ) -> None:
     """Show what became of each API user's calls on the last days: recorded, repeated, stale, refused by code."""
     today = datetime.now(UTC).date()
-    rows = [describe_user(found) for found in write(lambda connection: report_users(connection, days, today))]
+    rows = [describe_user(found) for found in read(lambda connection: report_users(connection, days, today))]
     if as_json:
         print_json(rows)
         return
