@@ -23,7 +23,7 @@ _SERVER = re.compile(
     r"postgres(?:ql)?://(?:(?P<credentials>[^/?#]*)@)?(?P<hosts>[^/?#@]*)(?:/(?P<name>[^?#@]*))?(?:\?(?P<query>[^#]*))?"
 )
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<name>[^:\[\]]*))(?::(?P<port>[0-9]*))?")
-_OPTION = re.compile(r"(?P<name>[a-z_]+)=(?P<value>[^&]*)")
+_OPTION = re.compile(r"(?P<name>[a-z_]+)=(?P<value>.*)", re.DOTALL)
 
 _ANY = re.compile(r".*", re.DOTALL)
 
@@ -139,11 +139,11 @@ def _decode(text: str, sentence: str) -> str:
 def _read_options(query: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for part in filter(None, query.split("&")):
-        option = _OPTION.fullmatch(part)
-        if option is None:
-            raise ValueError(_UNREADABLE)
         # Not a + for a space: libpq knows no such thing.
-        name, value = _ALIASES.get(option["name"], option["name"]), _decode(option["value"], _UNREADABLE)
+        option = _OPTION.fullmatch(_decode(part, _UNREADABLE))
+        if option is None or "=" not in part:
+            raise ValueError(_UNREADABLE)
+        name, value = _ALIASES.get(option["name"], option["name"]), option["value"]
         if (name, value) == ("ssl", "true"):  # as JDBC writes it
             name, value = "sslmode", "require"
         taken = _SERVED.get(name) or _OURS.get(name) or _PASSED_OVER.get(name)
