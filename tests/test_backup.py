@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,8 +16,9 @@ from platform_side import make_user, register, run_on, show
 from servers import Service, run_command, wait_until
 from test_cli import fail, invoke, run
 from voicetx import backup
-from voicetx.backup import BackupRefused, back_up
+from voicetx.backup import BackupRefused, Content, back_up
 from voicetx.contract import UPDATE_PATH, parse
+from voicetx.migrations import HEAD
 
 
 def test_a_backup_under_load_holds_all_that_was_acknowledged(tmp_path: Path) -> None:
@@ -90,7 +92,11 @@ def test_a_backup_is_a_database_to_go_on_from(tmp_path: Path) -> None:
     url, target = f"sqlite:///{tmp_path / 'voicetx.db'}", tmp_path / "backup.db"
     run(url, "db", "upgrade")
     register(url, ["tx-1"])
-    assert str(target) in run(url, "db", "backup", str(target))
+    make_user(url)
+    assert run(url, "db", "backup", str(target)) == (
+        f"{target} is a backup, as of when this command began: 1 API users, 1 deployments, 1 transactions, 0 updates,"
+        f" at schema {HEAD}.\n"
+    )
     (tmp_path / "voicetx.db").unlink()
     run(f"sqlite:///{target}", "db", "check")
     assert show(f"sqlite:///{target}", "tx-1").deployment_id == "campaign"
@@ -143,6 +149,40 @@ def test_what_cannot_be_backed_up_is_a_sentence(tmp_path: Path) -> None:
         f"sqlite:///{tmp_path / 'text.db'}", "db", "backup", str(tmp_path / "d.db")
     )
     assert not list(tmp_path.glob("[abcd].db*"))
+
+
+def test_what_is_not_a_whole_copy_is_no_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an empty file, nor a damaged copy, nor one that holds less than the database held is called a backup."""
+    url, source = f"sqlite:///{tmp_path / 'voicetx.db'}", tmp_path / "voicetx.db"
+    source.touch()
+    assert "holds no voicetx tables" in fail(url, "db", "backup", "a.db")
+    run(url, "db", "upgrade")
+    register(url, [f"tx-{number}" for number in range(5_000)])
+    copy = backup._copy
+
+    def copy_and(spoil: Callable[[Path], None]) -> None:
+        def copy_badly(source: Path, draft: Path, follow: Callable[[int, int], None]) -> Content:
+            content = copy(source, draft, follow)
+            spoil(draft)
+            return content
+
+        monkeypatch.setattr(backup, "_copy", copy_badly)
+
+    def lose(draft: Path) -> None:
+        with closing(sqlite3.connect(draft)) as connection:
+            connection.execute("DELETE FROM voice_transaction WHERE transaction_id = 'tx-7'")
+            connection.commit()
+
+    def damage(draft: Path) -> None:
+        with draft.open("r+b") as file:
+            file.seek(draft.stat().st_size // 2)
+            file.write(b"\xff" * 4_096)
+
+    copy_and(lose)
+    assert "4,999 transactions" in fail(url, "db", "backup", "b.db")
+    copy_and(damage)
+    assert "The backup was not made" in fail(url, "db", "backup", "c.db")
+    assert not list(tmp_path.glob("[abc].db*"))
 
 
 def test_an_old_database_is_backed_up_as_it_is(tmp_path: Path) -> None:

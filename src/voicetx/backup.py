@@ -1,4 +1,4 @@
-"""A copy of a database file, taken while the service writes to it.
+"""A copy of a database file, taken while the service writes to it, and looked through before it is called a backup.
 
 Called by the command line. For PostgreSQL there are better tools than ours, which docs/operations.md names.
 """
@@ -6,10 +6,17 @@ Called by the command line. For PostgreSQL there are better tools than ours, whi
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
+_COUNTED = {
+    "API users": "api_user",
+    "deployments": "deployment",
+    "transactions": "voice_transaction",
+    "updates": "voice_update",
+}
 _PAGES_AT_ONCE = 1_000
 
 
@@ -17,11 +24,25 @@ class BackupRefused(Exception):  # noqa: N818 - what happened to the command
     """No backup was made; the text is a sentence that says why."""
 
 
-def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> None:
+class Content(NamedTuple):
+    """What a database holds: the version of its schema, and how many of what."""
+
+    revision: str
+    counts: Mapping[str, int]
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        counts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
+        return f"{counts}, at schema {self.revision}"
+
+
+def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> Content:
     """Copy a database file as it is at this moment, every update that is on disk included; nobody waits for it.
 
-    The copy gets mode 0600 and its name when it is whole. `follow` is called with the pages done and the pages in all.
-    Raises `BackupRefused` where there is no database or `target` is there already, OSError and sqlite3.Error.
+    The copy gets mode 0600 and its name when it is whole: SQLite finds no fault in it, and it holds as much as the
+    source did when the copy began, which is returned. `follow` is called with the pages done and the pages in all.
+    Raises `BackupRefused` where there is no database of ours, the copy is not whole or `target` is there already,
+    OSError and sqlite3.Error.
     """
     if not source.is_file():
         raise BackupRefused(f"{source}: there is no such database.")
@@ -31,7 +52,8 @@ def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> N
     os.close(handle)
     draft = Path(name)
     try:
-        _copy(source, draft, follow)
+        content = _copy(source, draft, follow)
+        _check(draft, content)
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         try:
@@ -41,9 +63,10 @@ def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> N
         _sync_folder(target.parent)
     finally:
         draft.unlink()
+    return content
 
 
-def _copy(source: Path, draft: Path, follow: Callable[[int, int], None]) -> None:
+def _copy(source: Path, draft: Path, follow: Callable[[int, int], None]) -> Content:
     # Not read-only: the first to open a write-ahead log after a crash has to recover it.
     address = f"{source.absolute().as_uri()}?mode=rw"
     with (
@@ -53,8 +76,37 @@ def _copy(source: Path, draft: Path, follow: Callable[[int, int], None]) -> None
         writing.execute("PRAGMA journal_mode = OFF").close()  # a draft that is not finished is thrown away
         # Within one transaction: else each commit of the service would make the copy begin anew.
         reading.execute("BEGIN")
-        reading.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not reading.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchall():
+            raise BackupRefused(f"{source} holds no voicetx tables: there is nothing to back up.")
+        content = _look_into(reading)
         reading.backup(writing, pages=_PAGES_AT_ONCE, progress=lambda _status, left, total: follow(total - left, total))
+    return content
+
+
+def _check(draft: Path, content: Content) -> None:
+    """Raise `BackupRefused` unless a draft is sound and holds this."""
+    # Immutable: it gets no side files, which would be left behind.
+    with closing(sqlite3.connect(f"{draft.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as reading:
+        faults = [fault for (fault,) in reading.execute("PRAGMA integrity_check(1)")]
+        if faults != ["ok"]:
+            raise BackupRefused(
+                f"The backup was not made, for the copy is damaged, as the database may be: {faults[0]}."
+            )
+        if (copied := _look_into(reading)) != content:
+            raise BackupRefused(f"The backup was not made, for the copy holds {copied} and the database {content}.")
+
+
+def _look_into(connection: sqlite3.Connection) -> Content:
+    [(revision,)] = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return Content(
+        revision,
+        {
+            name: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - names are ours
+            for name, table in _COUNTED.items()
+            if table in tables
+        },
+    )
 
 
 def _sync_folder(folder: Path) -> None:

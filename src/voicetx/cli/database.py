@@ -65,9 +65,9 @@ def backup(file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; 
                 advance(total)(done - shown)
                 shown = done
 
-            back_up(address.path, file, follow)
+            content = back_up(address.path, file, follow)
     except BackupRefused as error:
         raise CommandError(str(error)) from error
     except sqlite3.Error as error:
         raise CommandError(f"The backup was not made: {error}.") from error
-    typer.echo(f"{file} is a backup, as of when this command began.")
+    typer.echo(f"{file} is a backup, as of when this command began: {content}.")
