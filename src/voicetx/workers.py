@@ -9,23 +9,19 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from prometheus_client.multiprocess import mark_process_dead
-from uvicorn.supervisors import Multiprocess
-from uvicorn.supervisors.multiprocess import Process
 
 from voicetx.addresses import FileAddress, read_database_url
 from voicetx.http_protocol import ContractProtocol
 from voicetx.settings import Settings
+from voicetx.supervisor import Supervisor
 from voicetx.throttle import COUNTS_FILE_VARIABLE
 
 _BACKLOG = 2048
-_PATIENCE_SECONDS = 60  # a worker that starts on a busy machine must not be taken for a dead one
-_FAREWELL_SECONDS = 2.0  # of all processes but the last; one that takes longer ends beside the next
 _MOST_BY_DEFAULT = 4
 _HAS_SHARED_PORTS = sys.platform == "linux"
 
@@ -78,7 +74,6 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
         forwarded_allow_ips=settings.trusted_proxies or None,
         timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
         backlog=_BACKLOG,
-        timeout_worker_healthcheck=_PATIENCE_SECONDS,
     )
     if workers == 1:
         server = uvicorn.Server(config)
@@ -92,78 +87,4 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
         figures = Path(folder) / "figures"
         figures.mkdir()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(figures)
-        _Workers(config, listeners).run()
-    return True
-
-
-class _Workers(Multiprocess):
-    """uvicorn's supervisor, with a listener for each process instead of one for all."""
-
-    def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket]) -> None:
-        super().__init__(config, sockets=[])
-        self._listeners = [listeners[number % len(listeners)] for number in range(config.workers)]
-        self._has_served = False
-
-    def init_processes(self) -> None:
-        """Start every process."""
-        for listener in self._listeners:
-            process = Process(self.config, [listener])
-            process.start()
-            self.processes.append(process)
-            _let_go(process)
-
-    def terminate_all(self) -> None:
-        """Tell every process to end, one after the other.
-
-        So dialers that one process sends away are served by the next, and nobody listens any more when the last sends
-        its own away: a connection that nobody takes before its listener closes is reset.
-        """
-        for listener in self._listeners:
-            listener.close()
-        for process in self.processes:
-            process.terminate()
-            process.process.join(_FAREWELL_SECONDS / len(self.processes))
-
-    def keep_subprocess_alive(self) -> None:
-        """Start those again that have died.
-
-        Once one has served, another that cannot start, as while the database is away, is tried again and ends nothing.
-        """
-        if not self.should_exit.is_set():
-            self._has_served = self._has_served or any(map(_is_serving, self.processes))
-            self._one_by_one(self._keep_one_alive)
-
-    def _keep_one_alive(self) -> None:
-        super().keep_subprocess_alive()
-        if self.should_exit.is_set() and self._has_served:
-            self.should_exit.clear()
-            self.processes[0] = Process(self.config, self.sockets)
-            self.processes[0].start()
-
-    def restart_all(self) -> None:
-        """Replace every process."""
-        self._one_by_one(super().restart_all)
-
-    def _one_by_one(self, step: Callable[[], None]) -> None:
-        """Have uvicorn do to each process what it does to all, with that process's listener."""
-        everybody = self.processes
-        try:
-            for number, listener in enumerate(self._listeners):
-                self.processes, self.sockets = [everybody[number]], [listener]
-                step()
-                if self.processes[0] is not everybody[number]:
-                    # Nothing waits in its queue any more.
-                    mark_process_dead(everybody[number].pid)  # type: ignore[no-untyped-call]  # the library's
-                everybody[number] = self.processes[0]
-                _let_go(everybody[number])
-        finally:
-            self.processes = everybody
-
-
-def _let_go(process: Process) -> None:
-    """Close the process's own end here, or the answer of one that died when it was asked is waited for to the end."""
-    process.child_conn.close()
-
-
-def _is_serving(process: Process) -> bool:
-    return process.process.is_alive() and process.is_ready()
+        return Supervisor(config, [listeners[number % len(listeners)] for number in range(workers)]).run()

@@ -58,7 +58,7 @@ def test_a_process_that_cannot_start_again_ends_nothing(own_postgresql: PostgreS
         os.kill(killed, signal.SIGKILL)
         killed_at = time.monotonic()
         evidence.faults += 2
-        wait_until(lambda: "failed to start" in service.log_text(), "The process was not started again")
+        wait_until(lambda: '"status":3' in service.log_text(), "The process was not started again")
         assert time.monotonic() - killed_at < 30  # not the minute that an answer may take
         own_postgresql.start()
         wait_until(
