@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from sqlalchemy import text
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import PostgreSQL, Service, find_free_port, wait_until
+from voicetx import __version__
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract import UPDATE_PATH
 from voicetx.migrations import HEAD
@@ -81,6 +83,20 @@ def test_where_told_only_what_is_to_be_watched_for_is_logged(database_url: str, 
         httpx.put(service.base_url + UPDATE_PATH, headers={"authorization": f"Bearer {key}"})
         service.terminate()
         assert ["throttle.redis_away" in line for line in service.log_text().splitlines()] == [True]
+
+
+def test_the_first_line_says_what_is_started(service: Service, module_database_url: str) -> None:
+    """The log begins with the release, the address, the kind of database and how many processes serve."""
+    first = json.loads(service.log_text().splitlines()[0])
+    del first["timestamp"]
+    assert first == {
+        "event": "service.starting",
+        "level": "info",
+        "version": __version__,
+        "address": service.base_url,
+        "database": urlsplit(module_database_url).scheme,
+        "processes": 1,
+    }
 
 
 def test_a_log_line_cannot_be_forged(service: Service) -> None:
@@ -161,6 +177,8 @@ def test_a_database_that_goes_away_and_comes_back() -> None:
             assert client.get("/healthz").status_code == 200
             server.start()
             wait_until(lambda: send("afterwards").status_code == 200, "Updates did not recover")
+            told = [line for line in service.log_text().splitlines() if '"write"' in line]
+            assert ["database.away" in told[0], "database.back" in told[1], len(told)] == [True, True, 2]
             assert client.get("/readyz").status_code == 200
 
 

@@ -36,7 +36,9 @@ def expressions() -> dict[str, list[str]]:
 @pytest.mark.parametrize("place", ["dashboard", "alerts"])
 def test_every_metric_named_is_there(place: str) -> None:
     """The dashboard and the alert rules name no metric that the service does not have."""
-    named = {name for expression in expressions()[place] for name in re.findall(r"\bvoicetx_\w+", expression)}
+    named = {
+        name for expression in expressions()[place] for name in re.findall(r"\b(?:voicetx|process)_\w+", expression)
+    }
     assert named
     assert named <= known_names()
 

@@ -6,13 +6,22 @@ is imported), and whichever is asked adds them up. No label holds anything that 
 """
 
 import collections
+import multiprocessing
 import os
+import platform
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 from prometheus_client.values import MultiProcessValue, MutexValue, ValueClass
+
+from voicetx import __version__
 
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -95,6 +104,43 @@ def count_failed_duty(duty: str) -> None:
         FAILED_DUTIES.labels(duty).inc()
 
 
+class _AboutProcesses(Collector):
+    """What the processes of this instance take from the machine, each under its process id, and which release it is.
+
+    Not from prometheus_client's own collector alone, which knows the process only that it is in: whichever process is
+    asked, those that serve, the one that started them and those that write files are there. A process that starts again
+    is another one, so no count falls.
+    """
+
+    def collect(self) -> Iterable[Metric]:
+        """Read the figures."""
+        together: dict[str, Metric] = {}
+        for pid in _find_processes():
+            for metric in ProcessCollector(pid=partial(str, pid), registry=None).collect():
+                known = together.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    known.add_sample(sample.name, {**sample.labels, "pid": str(pid)}, sample.value)
+        release = GaugeMetricFamily("voicetx_build_info", "Which release it is.", labels=["version", "python"])
+        release.add_metric([__version__, platform.python_version()], 1)
+        return [*together.values(), release]
+
+
+def _find_processes() -> list[int]:
+    """Return the ids of the processes of this instance, as far as the machine tells."""
+    starter = multiprocessing.parent_process()
+    found = [os.getpid() if starter is None or starter.pid is None else starter.pid]
+    for pid in found:
+        # Each thread has the processes that it started.
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, children.read_text().split())
+    return found if os.getpid() in found else [*found, os.getpid()]
+
+
+_about = _AboutProcesses()
+_own.register(_about)
+
+
 def render() -> bytes:
     """Return every figure of this instance, all its processes together, in Prometheus' text format."""
     folder = os.environ.get(_FOLDER_VARIABLE)
@@ -102,4 +148,5 @@ def render() -> bytes:
         return generate_latest(_own)
     together = CollectorRegistry()
     MultiProcessCollector(together, folder)  # type: ignore[no-untyped-call]  # the library's
+    together.register(_about)
     return generate_latest(together)

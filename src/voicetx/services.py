@@ -24,7 +24,7 @@ from voicetx.duties import Duty, do_all, held, note_failure
 from voicetx.folding import Folder
 from voicetx.recording import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Store, StoreUnavailable, note_keys, note_repeats, open_store
+from voicetx.store import Store, StoreUnavailable, Turn, note_keys, note_repeats, open_store
 from voicetx.throttle import Throttle
 
 K = TypeVar("K")
@@ -57,7 +57,7 @@ class Services:
         Raises `SchemaOutdated` for a server database that is not at this release's schema, and `StoreUnavailable`.
         """
         duties.watch_process()
-        store = open_store(settings, has_writer=True)
+        store = open_store(settings, has_writer=True, tell=_tell_of_database)
         try:
             await migrations.prepare(store)
             # Whatever is started for the first batch is there before it comes.
@@ -84,6 +84,13 @@ class Services:
                 await part.close()
 
 
+def _tell_of_database(turn: Turn) -> None:
+    if turn.away_seconds is None:
+        _log.warning("database.away", work=turn.work, cause=turn.cause)
+    else:
+        _log.warning("database.back", work=turn.work, away_seconds=round(turn.away_seconds, 1))
+
+
 def _begin_duties(store: Store) -> "tuple[asyncio.Task[None], ...]":
     """Begin to keep the tallies short, and what API users did on disk, for as long as the process serves."""
     folder = Folder(store)
@@ -94,18 +101,9 @@ def _begin_duties(store: Store) -> "tuple[asyncio.Task[None], ...]":
 
 
 async def _repeat(duty: Duty, work: Callable[[], Awaitable[None]]) -> None:
-    is_away = False
-
     async def take_turn() -> bool:
-        nonlocal is_away
-        try:
+        with suppress(StoreUnavailable):  # which the store tells of
             await work()
-        except StoreUnavailable as error:
-            if not is_away:
-                _log.warning("duty.waits", duty=str(duty), cause=str(error))
-            is_away = True
-        else:
-            is_away = False
         return True
 
     await asyncio.sleep(_PAUSE_SECONDS)

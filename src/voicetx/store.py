@@ -108,12 +108,21 @@ class ValueRefused(Exception):  # noqa: N818 - what happened to the work
     """The database is well and refuses a value of the work, which was rolled back; a retry changes nothing."""
 
 
+class Turn(NamedTuple):
+    """A database can't be had any more to `read` or to `write`, and why; or it can again, after so many seconds."""
+
+    work: str
+    cause: str | None
+    away_seconds: float | None
+
+
 class Store:
     """One process's way to its database.
 
     `database_url` is as `read_database_url` has it. Statements and connects take at most `timeout_seconds` each. With
     `has_writer` a file is written in steps by a process of its own, so that the event loop does not wait for it. With
-    `is_patient`, for work that nobody waits for, statements take as long as they take.
+    `is_patient`, for work that nobody waits for, statements take as long as they take. `tell` hears when it can't be
+    had any more to read or to write, and when that works again.
     Construct it anywhere; use it on one event loop; `close` it there.
     """
 
@@ -125,7 +134,10 @@ class Store:
         timeout_seconds: float = 5.0,
         has_writer: bool = False,
         is_patient: bool = False,
+        tell: Callable[[Turn], None] | None = None,
     ) -> None:
+        self._tell = tell
+        self._away_since: dict[str, float] = {}
         address = read_database_url(database_url)
         self.is_embedded = isinstance(address, FileAddress)
         self._timeout_seconds = timeout_seconds
@@ -153,7 +165,7 @@ class Store:
         A deadlock makes it run again for `timeout_seconds`, a lost connection once, so `work` must bear being run
         twice. Raises `StoreUnavailable`, or `ValueRefused` where a value is at fault.
         """
-        return await self._run(self._database.write, work)
+        return await self._run("write", self._database.write, work)
 
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, each statement of which is right by itself, and return its result once all are committed.
@@ -162,27 +174,42 @@ class Store:
         pooler, the steps share one. When it fails, the first of them may be on disk. Where a file has a writer, `work`
         is pickled. Otherwise as `write`.
         """
-        return await self._run(self._database.write_in_steps, work)
+        return await self._run("write", self._database.write_in_steps, work)
 
     async def write_beside(self, work: Callable[[Connection], T]) -> T:
         """Run `work` as `write` does, where it is least in the way of batches: a file's writer takes it between two.
 
         Where a file has a writer, `work` is pickled.
         """
-        return await self._run(self._database.write_beside, work)
+        return await self._run("write", self._database.write_beside, work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which writes nothing, in a transaction; raises as `write` does.
 
         On PostgreSQL the whole of it takes at most `timeout_seconds`.
         """
-        return await self._run(self._database.read, work)
+        return await self._run("read", self._database.read, work)
 
     async def close(self) -> None:
         """Close every connection, once what is under way is done."""
         await self._database.close()
 
     async def _run(
+        self, way: str, transact: Callable[[Callable[[Connection], T]], Awaitable[T]], work: Callable[[Connection], T]
+    ) -> T:
+        try:
+            result = await self._try(transact, work)
+        except StoreUnavailable as error:
+            if way not in self._away_since:
+                self._away_since[way] = time.monotonic()
+                if self._tell is not None:
+                    self._tell(Turn(way, str(error), None))
+            raise
+        if self._away_since and (since := self._away_since.pop(way, None)) is not None and self._tell is not None:
+            self._tell(Turn(way, None, time.monotonic() - since))
+        return result
+
+    async def _try(
         self, transact: Callable[[Callable[[Connection], T]], Awaitable[T]], work: Callable[[Connection], T]
     ) -> T:
         has_reconnected = False
@@ -360,14 +387,21 @@ def _forget(reading: "asyncio.Task[Any]") -> None:
         reading.exception()  # it is raised where it is awaited; who has gone is owed nothing
 
 
-def open_store(settings: Settings, *, has_writer: bool = False, is_patient: bool = False) -> Store:
-    """Return the store that the settings name; `has_writer` and `is_patient` as `Store` has them."""
+def open_store(
+    settings: Settings,
+    *,
+    has_writer: bool = False,
+    is_patient: bool = False,
+    tell: Callable[[Turn], None] | None = None,
+) -> Store:
+    """Return the store that the settings name; the rest as `Store` has it."""
     return Store(
         settings.database_url.get_secret_value(),
         pool_size=settings.database_pool_size,
         timeout_seconds=settings.commit_timeout_seconds,
         has_writer=has_writer,
         is_patient=is_patient,
+        tell=tell,
     )
 
 

@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 from sqlalchemy import Connection
 
-from voicetx import auth, deployments, migrations
-from voicetx.addresses import FileAddress
+from voicetx import __version__, auth, deployments, migrations
+from voicetx.addresses import FileAddress, read_database_url
 from voicetx.auth import AdministrationError, Grant
 from voicetx.cli.output import CommandError, write
 from voicetx.cli.simulate import accompany
@@ -62,10 +63,19 @@ def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> N
         listeners = workers.listen(settings.host, settings.port, count)
     except OSError as error:
         raise CommandError(f"Cannot listen on {settings.host}, port {settings.port}: {error.strerror}.") from error
+    is_file = isinstance(read_database_url(settings.database_url.get_secret_value()), FileAddress)
+    host, port = listeners[0].getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    structlog.get_logger(__name__).info(
+        "service.starting",
+        version=__version__,
+        address=address,
+        database="sqlite" if is_file else "postgresql",
+        processes=count,
+    )
     if announce is not None:
-        host, port = listeners[0].getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - what was bound, for people
-        announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        reachable = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")  # for people
+        announce(reachable)
     with ExitStack() as closing:
         for listener in listeners:
             closing.enter_context(listener)
