@@ -57,3 +57,9 @@ def show(database_url: str, transaction_id: str) -> TransactionReport:
     report = run_on(database_url, lambda connection: report_transaction(connection, transaction_id))
     assert report is not None
     return report
+
+
+def is_anybody_waiting(connection: Connection) -> bool:
+    """Say whether a session of this database waits for a lock."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return bool(connection.exec_driver_sql(waiting).scalar_one())

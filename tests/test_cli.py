@@ -450,6 +450,9 @@ def test_a_deployment_is_exported(database_url: str, monkeypatch: pytest.MonkeyP
         (("--updated-since", "2100-01-01T00:00:00Z"), 0),
     ):
         assert len(run(database_url, "deployment", "export", "campaign", *options).splitlines()) == count
+    told = invoke(database_url, "deployment", "export", "campaign").stderr
+    (until,) = re.findall(r"All changes until (\S+) are in it", told)
+    assert len(run(database_url, "deployment", "export", "campaign", "--updated-since", until).splitlines()) == 2
     assert "an instant is written" in fail(database_url, "deployment", "export", "campaign", "--updated-since", "today")
     assert "no deployment nowhere" in fail(database_url, "deployment", "export", "nowhere")
 

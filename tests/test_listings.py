@@ -1,25 +1,30 @@
 """Lists: each transaction once, in pages that bear updates in between, however much has to be looked at."""
 
 import asyncio
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, update
 
 from bodies import encode, make_body, updates_of
+from platform_side import is_anybody_waiting
 from voicetx import listings
 from voicetx.contract import parse
 from voicetx.deployments import create_deployment, register_transactions
 from voicetx.listings import ANYTHING, Filters, ListedTransaction, Receipt, find_receipts, list_transactions
 from voicetx.merge import contradicts, is_final
-from voicetx.recording import commit_batch
+from voicetx.recording import Recorder, commit_batch
 from voicetx.schema import deployment, voice_transaction
-from voicetx.store import Received, Store
+from voicetx.settings import Settings
+from voicetx.store import Received, Store, find_complete_until
 
 pytestmark = pytest.mark.anyio
 
@@ -41,9 +46,12 @@ async def make_store(database_url: str, updates: Sequence[tuple[dict[str, Any], 
             .values(registered_at_ms=MADE_AT_MS)
         )
         connection.execute(update(deployment).values(created_at_ms=MADE_AT_MS))
+        columns = voice_transaction.c
         for body, at_ms in updates:
             own = body | {"transaction-id": f"{name}/{body['transaction-id']}"}
             commit_batch(connection, [Received(parse(encode(own)), uuid4(), at_ms)])
+            recorded = update(voice_transaction).where(columns.transaction_id == own["transaction-id"])
+            connection.execute(recorded.values(updated_at_ms=at_ms, registered_at_ms=min(at_ms, MADE_AT_MS)))
 
     await store.write(work)
     return store, name
@@ -131,6 +139,72 @@ async def test_a_number_is_found_however_it_is_written(database_url: str) -> Non
     rows = await store.read(lambda connection: walk(connection, name, Filters(number="15550100"), 2))
     await store.close()
     assert [row.transaction_id.rsplit("/")[-1] for row in rows] == ["tx-01", "tx-02", "tx-03"]
+
+
+@asynccontextmanager
+async def hold(database_url: str, transaction_id: str) -> AsyncIterator[None]:
+    """Keep everybody from writing to a transaction, or on SQLite to anything."""
+    if database_url.startswith("sqlite"):
+        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+        return
+    connection = await asyncpg.connect(database_url)
+    try:
+        async with connection.transaction():
+            locked = "SELECT FROM voice_transaction WHERE transaction_id = $1 FOR UPDATE"
+            await connection.execute(locked, transaction_id)
+            yield
+    finally:
+        await connection.close()
+
+
+async def test_who_reads_changes_again_and_again_misses_none(database_url: str) -> None:
+    """A change that waited for a lock, while others were recorded, is found from where the list before was complete."""
+    store, name = await make_store(database_url, [])
+    late, other = f"{name}/tx-01", f"{name}/tx-02"
+    instances = [Store(database_url), Store(database_url)]
+    recorders = [Recorder(instance, Settings()) for instance in instances]
+    for recorder in recorders:
+        recorder.start()
+
+    async def read(since_ms: int) -> tuple[list[str], int]:
+        def work(connection: Connection) -> tuple[list[str], int]:
+            until_ms = find_complete_until(connection, settle_seconds=0)
+            rows = walk(connection, name, Filters(updated_since_ms=since_ms), 7)
+            return [row.transaction_id for row in rows], until_ms
+
+        return await store.read(work)
+
+    async with hold(database_url, late):
+        waiting = asyncio.create_task(recorders[0].record_update(parse(encode(make_body(late))), uuid4()))
+        if database_url.startswith("sqlite"):
+            await asyncio.sleep(0.002)  # it came in before the list was read, by the clock
+            expected = []
+        else:
+            while not await store.read(is_anybody_waiting):
+                assert not waiting.done()
+            await recorders[1].record_update(parse(encode(make_body(other))), uuid4())
+            expected = [other]
+        changed, until_ms = await read(MADE_AT_MS)
+        assert changed == expected
+    await waiting
+    assert late in (await read(until_ms))[0]
+    for closable in (*recorders, *instances, store):
+        await closable.close()
+
+
+async def test_what_a_deployment_takes_over_is_a_change_to_it(database_url: str) -> None:
+    """A transaction that was reported before its deployment named it is a change for who reads the deployment's."""
+    store, name = await make_store(database_url, [])
+    body = encode(make_body(f"{name}/early"))
+    await store.write(lambda c: commit_batch(c, [Received(parse(body), uuid4(), 1)], registers_unknown=True))
+    since_ms = await store.read(lambda c: find_complete_until(c, settle_seconds=0))
+    await asyncio.sleep(0.002)
+    await store.write(lambda connection: register_transactions(connection, name, [f"{name}/early"]))
+    rows = await store.read(lambda connection: walk(connection, name, Filters(updated_since_ms=since_ms), 7))
+    assert [row.transaction_id for row in rows] == [f"{name}/early"]
+    await store.close()
 
 
 async def test_updates_in_between_move_nothing(database_url: str) -> None:

@@ -10,7 +10,7 @@ from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from logging import ERROR
 from pathlib import Path
 from typing import Any
@@ -557,6 +557,20 @@ def test_lists_are_filtered_and_walked_in_pages(instance: Instance) -> None:
     missing = pages_of(instance, f"/deployments/{deployment_id}/missing", limit=3)
     assert [row["transaction-id"] for row in missing] == [ids[place] for place in (2, 3, 5, 6)]
     assert pages_of(instance, f"/deployments/{deployment_id}/missing", **{"older-than-minutes": 5}) == []
+
+
+def test_a_list_says_until_when_it_is_complete(instance: Instance) -> None:
+    """The first page of a list, and an export, name an instant from which to ask for changes, a time limit ago."""
+    deployment_id, ids = fill(instance)
+    path = f"/deployments/{deployment_id}/transactions"
+    first = instance.get(path, params={"limit": 2})
+    assert instance.get(path, params={"limit": 2, "after": first["next"]})["complete_until"] is None
+    asked_at = datetime.now(UTC)
+    export = instance.ask("GET", f"/deployments/{deployment_id}/export")
+    for text in (first["complete_until"], export.headers["x-voicetx-complete-until"]):
+        assert asked_at - datetime.fromisoformat(text) > timedelta(seconds=9)
+    again = pages_of(instance, path, **{"updated-since": first["complete_until"]})
+    assert [row["transaction-id"] for row in again] == [ids[place] for place in (0, 1, 2, 4)]
 
 
 def test_a_row_says_what_is_known_of_a_transaction(instance: Instance) -> None:

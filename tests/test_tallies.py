@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, select
 
 from bodies import encode, make_body, updates_of
+from platform_side import is_anybody_waiting
 from servers import PostgreSQL
 from voicetx import duties, metrics, recording, retention, services, tallies
 from voicetx.contract import parse
@@ -283,12 +284,6 @@ async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(postgre
     await store.write(lambda connection: create_deployment(connection, "spring", None))
     assert await store.read(read_tallies) == {}
     await store.close()
-
-
-def is_anybody_waiting(connection: Connection) -> bool:
-    """Say whether a session of this database waits for a lock."""
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    return bool(connection.exec_driver_sql(waiting).scalar_one())
 
 
 @pytest.mark.parametrize("failure", [StoreUnavailable(), ValueRefused()])

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, insert, select, update
 from voicetx import tallies
 from voicetx.contract import TransactionId
 from voicetx.schema import deployment, voice_transaction, voice_update
-from voicetx.store import UNASSIGNED, insert_transactions, match_ids
+from voicetx.store import UNASSIGNED, insert_transactions, match_ids, take_now_ms
 from voicetx.tallies import Sent
 
 _TRANSACTION_ID = TypeAdapter(TransactionId)
@@ -160,7 +160,7 @@ def _take_over(connection: Connection, deployment_id: str, ids: Collection[str])
     taken = connection.execute(
         update(voice_transaction)
         .where(matches, voice_transaction.c.deployment_id == UNASSIGNED)
-        .values(deployment_id=deployment_id)
+        .values(deployment_id=deployment_id, registered_at_ms=take_now_ms(connection))
         .returning(voice_transaction),
         values,
     ).all()

@@ -29,8 +29,9 @@ _PARTIES = tuple(name for name, privacy in PRIVACY.items() if privacy is Privacy
 class Filters:
     """What is wanted; None leaves a condition out.
 
-    `updated_since_ms` takes those of which something was recorded at that instant or later; `unheard_since_ms` those of
-    which nothing was, before that instant they were registered. `number` takes those with a party of these digits.
+    `updated_since_ms` takes those of which something was recorded at that instant or later, or that the deployment took
+    over then with what was recorded before; `unheard_since_ms` those of which nothing was, before that instant they
+    were registered. `number` takes those with a party of these digits.
     """
 
     call_state: str | None = None
@@ -138,7 +139,10 @@ def _match(filters: Filters, registered_at_ms: ColumnElement[int]) -> list[Colum
     if filters.is_inconsistent is not None:
         conditions.append(_columns.inconsistent if filters.is_inconsistent else ~_columns.inconsistent)
     if filters.updated_since_ms is not None:
-        conditions.append(_columns.updated_at_ms >= filters.updated_since_ms)
+        latest = or_(
+            _columns.updated_at_ms >= filters.updated_since_ms, _columns.registered_at_ms >= filters.updated_since_ms
+        )
+        conditions += [_columns.updated_at_ms.is_not(None), latest]
     if filters.unheard_since_ms is not None:
         conditions.append(func.coalesce(_columns.updated_at_ms, registered_at_ms) < filters.unheard_since_ms)
     if filters.number is not None:

@@ -191,7 +191,7 @@ def commit_batch(
     May be run again after a failure: what was recorded is then a repeat. Other processes may be at the same
     transactions: one is written back only if it still is what was read, and is otherwise read and merged again.
     """
-    now_ms = max((received.received_at_ms for received in batch), default=0)
+    register_at_ms = max((received.received_at_ms for received in batch), default=0) if registers_unknown else None
     # A twin in the same batch is a repeat of the first.
     waiting: dict[str, dict[bytes, Received]] = {}
     for received in batch:
@@ -207,10 +207,10 @@ def commit_batch(
         if is_guess:
             found = {transaction_id: Found(Transaction(transaction_id), "", set()) for transaction_id in waiting}
         else:
-            found = _find(connection, waiting, now_ms if registers_unknown else None)
+            found = _find(connection, waiting, register_at_ms)
         unknown |= waiting.keys() - found.keys()
         changes = _merge(found, waiting)
-        written = record_changes(connection, changes.values(), now_ms) if changes else set()
+        written = record_changes(connection, changes.values()) if changes else set()
         is_guess = False
         for transaction_id in written:
             seen, _, transaction, new = changes[transaction_id]

@@ -37,6 +37,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     or_,
     select,
     true,
@@ -67,6 +68,7 @@ UNASSIGNED = "unassigned"
 """The deployment of transactions that nobody registered beforehand."""
 
 _PATIENCE_SECONDS = 86_400.0  # to wait for whoever writes to a file
+_GRACE_SECONDS = 5.0  # for a cancelled commit to end, a disk to be slow, and clocks to differ
 _PAUSE_SECONDS = 0.05  # at most, before work is run again
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: run again
 _REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a trigger of somebody's
@@ -147,6 +149,11 @@ class Store:
             self._database = _Embedded(address.path, pool_size, wait_seconds, OwnProcess() if has_writer else None)
         else:
             self._database = _Server(address, pool_size, timeout_seconds, is_patient=is_patient)
+
+    @property
+    def settle_seconds(self) -> float:
+        """How long after a change was made it is on disk or never will be: its time limit, and some for clocks."""
+        return self._timeout_seconds + _GRACE_SECONDS
 
     async def make(self) -> None:
         """Make a database file that is not there: empty, and for its owner only. A server's database is made elsewhere.
@@ -693,6 +700,27 @@ def insert_transactions(connection: Connection, deployment_id: str, ids: Collect
         tallies.note(connection, deployment_id, (), registered=inserted.rowcount)
 
 
+def take_now_ms(connection: Connection) -> Any:
+    """Return the instant of a change that is about to be written: the database server's, or on a file that under lock.
+
+    Whoever asks by `find_complete_until` which changes may still be missing relies on it.
+    """
+    return literal_column(_NOW_MS) if connection.dialect.name == "postgresql" else time.time_ns() // 1_000_000
+
+
+def find_complete_until(connection: Connection, settle_seconds: float) -> int:
+    """Return up to which instant nothing is missing of what a later statement reads; to be asked for before that.
+
+    A change that is committed after this has an `updated_at_ms` (or `registered_at_ms`, where it was taken over) at
+    that instant or later. That holds on PostgreSQL for whoever writes to transactions at this moment, however long that
+    takes; for what can't be seen there, and on a file, as long as a change is on disk `settle_seconds` after it was
+    made, by clocks that agree. Source: docs/decisions/0021-complete-until.md.
+    """
+    if connection.dialect.name == "postgresql":
+        return int(connection.exec_driver_sql(_COMPLETE_UNTIL, (settle_seconds,)).scalar_one())
+    return (time.time_ns() - int(settle_seconds * 1_000_000_000)) // 1_000_000
+
+
 def match_ids(connection: Connection, ids: Collection[str]) -> tuple[ColumnElement[bool], dict[str, Any]]:
     """Return the condition that a transaction's id is one of `ids`, and the values to execute it with."""
     condition: ColumnElement[bool] = _match_ids(connection.dialect.name, voice_transaction.c.transaction_id)
@@ -708,22 +736,24 @@ class Change(NamedTuple):
     new: Sequence[Received]
 
 
-def record_changes(connection: Connection, changes: Iterable[Change], now_ms: int) -> set[str]:
+def record_changes(connection: Connection, changes: Iterable[Change]) -> set[str]:
     """Write transactions back and add what is new to the history, each only if nobody has changed it since it was seen.
 
-    Both happen or neither does, for each transaction by itself. Returns the ids that were written.
+    Both happen or neither does, for each transaction by itself. What is written has the instant of this very database
+    transaction (docs/decisions/0021-complete-until.md). Returns the ids that were written.
     """
     ordered = sorted(changes, key=lambda change: change.transaction.transaction_id)
     # Most updates of a batch come from one dialer in one minute: that is said once.
     heading = tallies.head(_to_sent(ordered[0].new[0]))
-    rows = [_describe_row(change, now_ms, heading) for change in ordered]
+    rows = [_describe_row(change, heading) for change in ordered]
     history = [_describe_update(received) for change in ordered for received in change.new]
     if connection.dialect.name == "postgresql":
         ((written,),) = _fetch(connection, _RECORD, (_dump(rows), _dump(history), heading))
         return set(written or ())
     # Under the lock that BEGIN IMMEDIATE took nobody has changed a row since it was read.
     file = _get_sqlite(connection)
-    file.executemany(_UPDATE_TRANSACTION, [tuple(map(row.get, _BOUND)) for row in rows])
+    now_ms = time.time_ns() // 1_000_000
+    file.executemany(_UPDATE_TRANSACTION, [(now_ms, *map(row.get, _BOUND)) for row in rows])
     file.executemany(_INSERT_UPDATE, [tuple(update.values()) for update in history])
     lines: dict[str, list[str]] = {}
     for change, row in zip(ordered, rows, strict=True):
@@ -765,7 +795,6 @@ _ROW: Mapping[str, str] = {
     **dict.fromkeys(FIELD_NAMES, "text"),
     "inconsistent": "boolean",
     "finished": "boolean",
-    "updated_at_ms": "bigint",
     "transaction_id": "text",
     "seen": "integer",
     "digits_seen": "text",
@@ -787,7 +816,7 @@ _HISTORY: Mapping[str, str] = {
 """The columns of an update in the history, with PostgreSQL's types."""
 
 
-def _describe_row(change: Change, now_ms: int, heading: str) -> dict[str, Any]:
+def _describe_row(change: Change, heading: str) -> dict[str, Any]:
     """Return the row that a change makes, by the names of `_ROW`; a field that is not there is null."""
     transaction_id, fields, position, updates, older = transaction = change.transaction
     sent = map(_to_sent, change.new)
@@ -799,7 +828,6 @@ def _describe_row(change: Change, now_ms: int, heading: str) -> dict[str, Any]:
         "older": dump_older(older),
         "inconsistent": transaction.is_inconsistent,
         "finished": transaction.is_finished,
-        "updated_at_ms": now_ms,
         "transaction_id": transaction_id,
         "seen": change.seen.updates,
         "digits_seen": change.seen.fields.get("dtmf_digits"),
@@ -841,6 +869,9 @@ def _unpack(parameter: str, name: str, types: Mapping[str, str]) -> str:
     return f"json_to_recordset({parameter}::json) AS {name} ({columns})"
 
 
+# By the server's clock, and no earlier than its transaction began: who looks for changes sees that one run.
+_NOW_MS = "floor(extract(epoch from statement_timestamp()) * 1000)::bigint"
+
 # The statements of a batch in each database's own words: SQLAlchemy's rendering of them, with a processor for each
 # value, takes as long as a small batch itself. Names and types are ours, values are parameters.
 _LOOK_UP = (
@@ -853,7 +884,8 @@ _LOOK_UP = (
 )
 # One statement, so one transaction: a row, its history and the tallies change together, or none does (decision 10).
 _RECORD = (
-    f"WITH written AS (UPDATE voice_transaction SET {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"  # noqa: S608
+    f"WITH written AS (UPDATE voice_transaction SET updated_at_ms = {_NOW_MS},"  # noqa: S608
+    f" {', '.join(f'{name} = new.{name}' for name in _WRITTEN)}"
     f" FROM {_unpack('$1', 'new', _ROW)}"
     " WHERE voice_transaction.transaction_id = new.transaction_id AND voice_transaction.updates = new.seen"
     # Erasing a number changes no count of updates, and where it was typed the tallies.
@@ -866,6 +898,14 @@ _RECORD = (
     " SELECT deployment_id, $3::text || E'\\n' || string_agg(change, E'\\n') FROM written GROUP BY deployment_id)"
     " SELECT array_agg(transaction_id) FROM written"
 )
+# The locks are there for every role to see; when a transaction began, a role sees of its own ones.
+_COMPLETE_UNTIL = (
+    "SELECT floor(extract(epoch from"
+    " least(statement_timestamp() - make_interval(secs => $1), min(a.xact_start))) * 1000)::bigint"
+    " FROM pg_stat_activity AS a WHERE a.datname = current_database() AND EXISTS (SELECT FROM pg_locks AS l"
+    " WHERE l.pid = a.pid AND (NOT l.granted"
+    " OR l.relation = 'voice_transaction'::regclass AND l.mode = 'RowExclusiveLock'))"
+)
 _LOOK_UP_TRANSACTIONS = (
     f"SELECT {', '.join((*_SEEN, *FIELD_NAMES))} FROM voice_transaction"  # noqa: S608
     " WHERE transaction_id IN (SELECT value FROM json_each(?))"
@@ -875,7 +915,7 @@ _LOOK_UP_DIGESTS = (
 )
 _LOOK_UP_DIGEST = "SELECT transaction_id, digest FROM voice_update WHERE transaction_id = ? AND digest = ?"
 _UPDATE_TRANSACTION = (
-    f"UPDATE voice_transaction SET {', '.join(f'{name} = ?' for name in _WRITTEN)}"  # noqa: S608
+    f"UPDATE voice_transaction SET updated_at_ms = ?, {', '.join(f'{name} = ?' for name in _WRITTEN)}"  # noqa: S608
     " WHERE transaction_id = ? AND updates = ?"
 )
 _INSERT_UPDATE = f"INSERT INTO voice_update ({', '.join(_HISTORY)}) VALUES ({', '.join('?' for _ in _HISTORY)})"  # noqa: S608

@@ -6,7 +6,7 @@ slowly keeps a database transaction open, and an export of a million rows holds 
 """
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -27,12 +27,20 @@ from voicetx.api.endpoints import (
     read_query,
     sign_in_again,
 )
-from voicetx.api.openapi_programs import ShownTransactions, describe_export, describe_found, describe_query
+from voicetx.api.openapi_programs import (
+    COMPLETE_UNTIL_HEADER,
+    ShownChanges,
+    ShownTransactions,
+    describe_export,
+    describe_found,
+    describe_query,
+)
 from voicetx.auth import Grant
 from voicetx.contract import DropCode, TransactionId
 from voicetx.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
 from voicetx.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
-from voicetx.reports import read_time
+from voicetx.reports import format_time, read_time
+from voicetx.store import find_complete_until
 
 router = APIRouter(tags=["Transactions"])
 
@@ -134,7 +142,7 @@ class ExportQuery(FilterQuery):
     f"{DEPLOYMENT_PATH}/transactions",
     operation_id="list_transactions",
     summary="Which transactions has a deployment?",
-    responses=describe_found(ShownTransactions, of_a_deployment=True),
+    responses=describe_found(ShownChanges, of_a_deployment=True),
     openapi_extra=describe_query(ListQuery, of_a_deployment=True),
 )
 @for_users(Grant.TRANSACTIONS_READ)
@@ -143,10 +151,13 @@ async def list_page(call: Call) -> Answer:
 
     Ask again with `after`, the `next` of the page before, until that is null: nothing is shown twice or left out while
     updates come in. A page may be short of rows, or have none, and have a `next`: rare things take some looking.
-    Without the grant transactions:read-personal what is personal is masked.
+    To follow changes, take `complete_until` of the first page as the next walk's `updated-since`: a few transactions
+    come again, and none is missed. Without the grant transactions:read-personal what is personal is masked.
     """
     asked = read_query(call, ListQuery)
-    return await _answer_page(call, asked.to_filters(), asked.after, asked.limit)
+    is_first = asked.after is None
+    shown = {"complete_until": await _find_complete_until(call) if is_first else None}
+    return await _answer_page(call, asked.to_filters(), asked.after, asked.limit, shown)
 
 
 @router.get(
@@ -164,7 +175,7 @@ async def list_missing(call: Call) -> Answer:
     """
     asked = read_query(call, MissingQuery)
     filters = match_missing(asked.older_than_minutes * _MINUTE_MS)
-    return await _answer_page(call, filters, asked.after, asked.limit)
+    return await _answer_page(call, filters, asked.after, asked.limit, {})
 
 
 @router.get(
@@ -179,7 +190,8 @@ async def export(call: Call) -> StreamingResponse:
     """Stream a deployment's transactions, in the order of their ids, as CSV (RFC 4180) or NDJSON.
 
     What a spreadsheet would take for a formula has an apostrophe before it in the CSV, phone numbers with a plus among
-    them: programs are better off with NDJSON. What can't be sent whole ends with the connection cut. Without the grant
+    them: programs are better off with NDJSON. What can't be sent whole ends with the connection cut. To follow changes,
+    take the header x-voicetx-complete-until as the next export's `updated-since`. Without the grant
     transactions:read-personal what is personal is masked.
     """
     asked = read_query(call, ExportQuery)
@@ -187,6 +199,7 @@ async def export(call: Call) -> StreamingResponse:
     deployment_id = call.deployment_id
     await require_deployment(call)
     filters = asked.to_filters()
+    complete_until = await _find_complete_until(call)
     first = await _read_page(call, deployment_id, filters, "", _ROWS_A_PAGE)
     name = _UNSAFE.sub("-", deployment_id).strip("-")[:64] or "deployment"
     return StreamingResponse(
@@ -195,6 +208,7 @@ async def export(call: Call) -> StreamingResponse:
         headers={
             "cache-control": "no-store",
             "content-disposition": f'attachment; filename="transactions-{name}.{export_format}"',
+            COMPLETE_UNTIL_HEADER: complete_until,
         },
     )
 
@@ -221,13 +235,21 @@ def _show(call: Call, row: ListedTransaction) -> ListedTransaction:
     return mask_listed(row) if call.is_masked else row
 
 
-async def _answer_page(call: Call, filters: Filters, after: str | None, limit: int) -> Answer:
+async def _find_complete_until(call: Call) -> str:
+    """Return up to which instant what is read from now on is complete."""
+    store = call.services.store
+    return format_time(await store.read(partial(find_complete_until, settle_seconds=store.settle_seconds)))
+
+
+async def _answer_page(
+    call: Call, filters: Filters, after: str | None, limit: int, shown: Mapping[str, str | None]
+) -> Answer:
     deployment_id = call.deployment_id
     page = await _read_page(call, deployment_id, filters, after or "", limit)
     if not page.rows and page.next is None:
         await require_deployment(call)
     return await answer_json(
-        lambda: {"transactions": [describe_listed(_show(call, row)) for row in page.rows], "next": page.next}
+        lambda: {"transactions": [describe_listed(_show(call, row)) for row in page.rows], "next": page.next, **shown}
     )
 
 

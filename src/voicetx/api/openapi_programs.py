@@ -42,6 +42,9 @@ _DEPLOYMENT_ID = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 128},
     "example": "demo",
 }
+COMPLETE_UNTIL_HEADER = "x-voicetx-complete-until"
+"""Of an export's answer: the instant up to which it misses no change."""
+
 _NOT_OF_A_SCHEMA = frozenset({"title", "description", "examples", "default"})
 _TRANSACTION_ID = TypeAdapter(TransactionId).json_schema()
 
@@ -171,6 +174,16 @@ class ShownTransactions(BaseModel):
     next: str | None = Field(description="where the list goes on: the next page's after; null at its end")
 
 
+class ShownChanges(ShownTransactions):
+    """A page of a list that may be of changes."""
+
+    complete_until: str | None = Field(
+        description="the instant (RFC 3339, UTC) up to which this walk of the list misses no change, a few seconds ago:"
+        " the updated-since of the next walk; null on the pages after the first",
+        examples=["2026-01-31T08:00:00.000Z"],
+    )
+
+
 class LineFault(BaseModel):
     """What is wrong with a line."""
 
@@ -252,6 +265,13 @@ def describe_export() -> dict[int | str, Any]:
     responses = _describe_refusals(of_a_deployment=True)
     responses[200] = {
         "description": "the transactions, one on each line: a list's objects in NDJSON, or CSV with a header",
+        "headers": {
+            COMPLETE_UNTIL_HEADER: {
+                "description": "the instant up to which the export misses no change: the next one's updated-since",
+                "schema": {"type": "string", "format": "date-time"},
+                "example": "2026-01-31T08:00:00.000Z",
+            }
+        },
         "content": {
             "application/x-ndjson": {
                 "example": '{"transaction-id":"demo-001","call-state":"5","drop-code":"2005","inconsistent":false,'

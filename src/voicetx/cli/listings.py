@@ -22,7 +22,7 @@ from voicetx.deployments import is_id
 from voicetx.exports import ExportFormat, begin_export, describe_receipt, render_rows
 from voicetx.listings import Filters, ListedTransaction, find_receipts, list_transactions, match_missing
 from voicetx.reports import format_time, read_time
-from voicetx.store import Store
+from voicetx.store import Store, find_complete_until
 
 _ROWS_A_PAGE = 1_000
 _RECEIPTS_AT_ONCE = 500
@@ -53,7 +53,7 @@ def list_missing(
             state, code = row.fields.get("call-state", ""), row.fields.get("drop-code", "")
             typer.echo(f"{heard:<26}{state:<12}{code:<11}{row.transaction_id}")
 
-    count = _walk(deployment_id, filters, show)
+    count, _ = _walk(deployment_id, filters, show)
     if not as_json:
         complain(f"The outcome of {count:,} transactions of {deployment_id} is missing.")
 
@@ -76,8 +76,9 @@ def export(  # noqa: PLR0913 - an option each
 ) -> None:
     """Print a deployment's transactions, one on each line, in the order of their ids.
 
-    What a spreadsheet would take for a formula has an apostrophe before it in the CSV, phone numbers with a plus among
-    them: programs are better off with NDJSON.
+    To follow changes, ask the next time with --updated-since the instant that is said at the end. What a spreadsheet
+    would take for a formula has an apostrophe before it in the CSV, phone numbers with a plus among them: programs are
+    better off with NDJSON.
     """
     if as_json and export_format is ExportFormat.CSV:
         raise CommandError("CSV is no JSON: ask for one of them.")
@@ -94,9 +95,10 @@ def export(  # noqa: PLR0913 - an option each
         is_inconsistent=inconsistent,
         updated_since_ms=updated_since_ms,
     )
-    _walk(
+    _, complete_until_ms = _walk(
         deployment_id, filters, lambda rows: _print_bytes(render_rows(rows, export_format)), begin_export(export_format)
     )
+    complain(f"All changes until {format_time(complete_until_ms)} are in it: ask for later ones with --updated-since.")
 
 
 def find_held(
@@ -163,11 +165,12 @@ async def _find_held(store: Store, lines: Iterator[_Line], *, as_json: bool) -> 
 
 def _walk(
     deployment_id: str, filters: Filters, show: Callable[[Sequence[ListedTransaction]], None], head: bytes = b""
-) -> int:
-    """Show a deployment's transactions page by page and return how many there were."""
+) -> tuple[int, int]:
+    """Show a deployment's transactions page by page; return how many there were, and up to when none is missing."""
 
-    async def walk(store: Store) -> int:
+    async def walk(store: Store) -> tuple[int, int]:
         await store.read(partial(deployments.require_deployment, deployment_id=deployment_id))
+        until_ms = await store.read(partial(find_complete_until, settle_seconds=store.settle_seconds))
         _print_bytes(head)
         count, after = 0, ""
         while True:
@@ -179,7 +182,7 @@ def _walk(
             show(page.rows)
             count += len(page.rows)
             if page.next is None:
-                return count
+                return count, until_ms
             after = page.next
 
     return run_on_store(walk)
