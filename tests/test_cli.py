@@ -25,7 +25,7 @@ import pytest
 from sqlalchemy import Connection
 
 from bodies import encode, make_body
-from platform_side import make_user, register, run_on, show
+from platform_side import date_back, make_user, register, run_on, show
 from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, run_command, wait_until
 from voicetx import activity, tallies
 from voicetx.cli import main
@@ -43,7 +43,7 @@ def invoke(database_url: str, *arguments: str, text: str = "") -> subprocess.Com
     patched = [
         mock.patch.dict(os.environ, {"VOICETX_DATABASE_URL": database_url}),
         mock.patch.object(sys, "argv", ["voicetx", *arguments]),
-        mock.patch.object(sys, "stdin", io.StringIO(text)),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text.encode())))),
         redirect_stdout(out),
         redirect_stderr(err),
     ]
@@ -309,7 +309,7 @@ def test_200_000_transactions_load_and_load_again(database_url: str, tmp_path: P
     file = write_ids(tmp_path / "ids", ids, as_csv=as_csv)
     for _ in range(2):
         loaded = json.loads(run(database_url, "deployment", "load", "campaign", str(file), "--json"))
-        assert loaded == {"deployment": "campaign", "loaded": 200_000, "faults": 0}
+        assert loaded == {"deployment": "campaign", "loaded": 200_000, "repeated": 0, "faults": 0}
     shown = json.loads(run(database_url, "deployment", "show", "campaign", "--json"))
     assert (shown["name"], shown["transactions"], shown["reported"]) == ("Spring", 200_000, 0)
 
@@ -354,6 +354,40 @@ def test_bad_lines_of_a_csv_are_named(sqlite_url: str, tmp_path: Path) -> None:
     )
     file.write_text("id\nx\n")
     assert "header that names transaction-id" in fail(sqlite_url, "deployment", "load", "campaign", str(file))
+
+
+def test_what_is_named_twice_is_counted_once(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far apart a file names an id twice, what was loaded is what the database has, and the rest is told."""
+    monkeypatch.setattr("voicetx.cli.deployments._CHUNK", 3)
+    run(database_url, "deployment", "create", "campaign")
+    register(database_url, ["theirs-1"], "theirs")
+    names = ["a", "b", "a", "theirs-1", "c", "a", "b", "theirs-1", "d", "d"]
+    file = write_ids(tmp_path / "ids", names, as_csv=True)
+    done = invoke(database_url, "deployment", "load", "campaign", str(file))
+    assert done.stdout == "4 transactions are registered with campaign; 4 lines name one of them again.\n"
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["line 5", "line 9", "2 lines were not loaded."]
+    done = invoke(database_url, "deployment", "load", "campaign", str(file), "--json")
+    assert json.loads(done.stdout) == {"deployment": "campaign", "loaded": 4, "repeated": 4, "faults": 2}
+    shown = json.loads(run(database_url, "deployment", "show", "campaign", "--json"))
+    assert shown["transactions"] == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_that_excel_saved_is_loaded(sqlite_url: str, tmp_path: Path, encoding: str) -> None:
+    """Semicolons, tabs, a first line that names the one used, and UTF-16 are read, from a file as from a pipe."""
+    run(sqlite_url, "deployment", "create", "campaign")
+    rows = [("phone", "transaction-id"), ("+1, or \u00e9", "a;1" if encoding == "utf-16" else "a1"), ("", "b")]
+    file = tmp_path / "ids.csv"
+    for start, delimiter in (("", "\t"), ("sep=;\r\n", ";"), ("", ";"), ("sep=|\r\n", "|")):
+        text = io.StringIO(start, newline="")
+        text.seek(0, io.SEEK_END)
+        csv.writer(text, delimiter=delimiter).writerows(rows)
+        file.write_bytes(text.getvalue().encode(encoding))
+        told = run(sqlite_url, "deployment", "load", "campaign", str(file))
+        assert told == "2 transactions are registered with campaign.\n"
+    assert show(sqlite_url, rows[1][1]).deployment_id == "campaign"
 
 
 def test_ids_load_from_standard_input(sqlite_url: str) -> None:
@@ -645,7 +679,7 @@ def test_purging_says_what_it_does(database_url: str) -> None:
     """A purge is told in advance, done, and on record; an age or a deployment that is none is a sentence."""
     register(database_url, ["tx-1", "tx-2"])
     update = parse(encode(make_body("tx-1")))
-    run_on(database_url, lambda c: commit_batch(c, [Received(update, uuid4(), 1)]))
+    run_on(database_url, lambda c: commit_batch(c, [Received(update, uuid4(), 1)]) and date_back(c, ["tx-1"], 1))
     assert "Would delete 1 transactions with 1 updates" in run(database_url, "purge", "--older-than", "2w", "--dry-run")
     asked = ("purge", "--older-than", "12h", "--deployment", "campaign", "--json")
     purged = json.loads(run(database_url, *asked))

@@ -6,8 +6,9 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voicetx.deployments import FileFormat, Line, read_lines
+from voicetx.deployments import FileFormat, Line, Loading, read_lines
 
+UNCLOSED = "not CSV: a quote on this line is not closed"
 CELLS = st.text('ab,"\r\n \u00e9', max_size=6)
 
 
@@ -25,11 +26,56 @@ def test_a_csv_is_read_as_any_reader_would(rows: list[tuple[str, int, str]]) -> 
     assert list(read_lines((line + "\n" for line in lines), FileFormat.CSV)) == expected[1:]
 
 
-def test_a_row_that_does_not_end_costs_itself_only() -> None:
-    """Quotes that nobody closes are given up after a hundred lines, or 128 KiB, and what follows is read."""
-    for line, last in (("b\n", 102), ("b" * 70_000 + "\n", 4)):
+def test_a_quote_that_is_not_closed_costs_its_line_only() -> None:
+    """Quotes that nobody closes are given up after a hundred lines, or 128 KiB, or the file; what follows is read."""
+    for line in ("b\n", "b" * 128 + "\n", "b" * 70_000 + "\n"):
         found = list(read_lines(["transaction-id\n", '"a\n', *[line] * 200, "end\n"], FileFormat.CSV))
-        assert found[0] == Line(last, None, "not CSV: a row in quotes does not end")
+        assert found[0] == Line(2, None, UNCLOSED)
+        assert [row.number for row in found[1:]] == [*range(3, 204)]
         assert found[-1] == Line(203, "end")
     found = list(read_lines(["transaction-id\n", "a\n", '"b\n', "c\n"], FileFormat.CSV))
-    assert found == [Line(2, "a"), Line(4, None, "not CSV: unexpected end of data")]
+    assert found == [Line(2, "a"), Line(3, None, UNCLOSED), Line(4, "c")]
+
+
+@given(
+    st.lists(st.sampled_from(["x", '"x', 'x"', '"x"', '"', '""', 'x"y', "x,y", ""]), min_size=1, max_size=12),
+    st.sampled_from([",", ";", "\t"]),
+)
+def test_whatever_quotes_do_no_line_is_lost(cells: list[str], delimiter: str) -> None:
+    """Each line of a CSV has its id loaded, is named as at fault, or is within quotes that end as they should."""
+    table = [("transaction-id", "note"), *((f"tx-{place}", cell) for place, cell in enumerate(cells)), ("last", "")]
+    lines = [delimiter.join(row) + "\n" for row in table]
+    found = list(read_lines(lines, FileFormat.CSV))
+    numbers = [row.number for row in found]
+    assert numbers == sorted(set(numbers))
+    rows = iter(lines[1:])
+    number = 1
+    for row in found:
+        text = "".join(next(rows) for _ in range(row.number - number))
+        number = row.number
+        if row.transaction_id is None:
+            assert text.count("\n") == 1
+            assert text.count('"')
+        else:
+            (read,) = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            assert read[0] == row.transaction_id
+    assert number == len(lines)
+
+
+@given(
+    st.lists(st.sampled_from([f"tx-{number}" for number in range(8)] + [None]), max_size=40),
+    st.sets(st.sampled_from([f"tx-{number}" for number in range(8)])),
+    st.integers(1, 9),
+)
+def test_each_line_comes_to_one_thing(names: list[str | None], elsewhere: set[str], at_once: int) -> None:
+    """In whatever portions lines are registered, each is the first of its id, one more of it, or at fault."""
+    loading, faults = Loading(), []
+    lines = [Line(number, name, None if name else "bad") for number, name in enumerate(names, start=1)]
+    for start in range(0, len(lines), at_once):
+        loading.add(lines[start : start + at_once])
+        faults += loading.settle(elsewhere & set(loading.ids))
+    loaded = {name for name in names if name is not None} - elsewhere
+    bad = [line.number for line in lines if line.transaction_id is None or line.transaction_id in elsewhere]
+    assert (loading.loaded, loading.faulty) == (len(loaded), len(bad))
+    assert [line.number for line in faults] == bad
+    assert loading.loaded + loading.repeated + loading.faulty == len(lines)

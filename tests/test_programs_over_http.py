@@ -473,7 +473,7 @@ def test_ids_are_loaded_and_loaded_again(instance: Instance, content_type: str, 
     body = text.encode()
     for content in (body, (body[start : start + 777] for start in range(0, len(body), 777))):
         answer = load(instance, deployment_id, content, content_type)
-        assert answer.json() == {"deployment": deployment_id, "loaded": 3000, "faulty": 0, "faults": []}
+        assert answer.json() == {"deployment": deployment_id, "loaded": 3000, "repeated": 0, "faulty": 0, "faults": []}
     assert instance.get(f"/deployments/{deployment_id}")["transactions"] == 3000
 
 
@@ -497,6 +497,21 @@ def test_bad_lines_are_named_and_the_rest_is_loaded(instance: Instance) -> None:
     lines = ["phone,transaction-id", '"1', '2",a', "3", '"4"x,b', "5,c d", f"6,{deployment_id}-d", '"7']
     answer = load(instance, deployment_id, "\n".join(lines).replace(",a", f",{deployment_id}-e")).json()
     assert (answer["loaded"], [fault["line"] for fault in answer["faults"]]) == (2, [4, 5, 6, 8])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_what_is_named_twice_is_counted_once(instance: Instance, encoding: str) -> None:
+    """However far apart a body names an id twice, `loaded` is what the database has; Excel's forms are read."""
+    deployment_id, _ = instance.make()
+    _, (theirs,) = instance.make(1)
+    ids = [f"{deployment_id}-{number}" for number in range(1500)]
+    text = "sep=;\r\nphone;transaction-id\r\n" + "".join(f"+1,2;{name}\r\n" for name in [*ids, theirs] * 2)
+    body = text.encode(encoding)
+    answer = load(instance, deployment_id, (body[start : start + 777] for start in range(0, len(body), 777))).json()
+    faults = [{"line": line, "reason": "belongs to another deployment"} for line in (1503, 3004)]
+    counts = {"loaded": 1500, "repeated": 1500, "faulty": 2}
+    assert answer == {"deployment": deployment_id, **counts, "faults": faults}
+    assert instance.get(f"/deployments/{deployment_id}")["transactions"] == 1500
 
 
 def test_what_names_no_ids_is_refused(instance: Instance) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from bodies import TROMBONE, encode, make_body
-from platform_side import HIGH_LIMIT
+from platform_side import HIGH_LIMIT, date_back
 from voicetx import auth, recording, retention
 from voicetx.auth import Grant
 from voicetx.contract import parse, restore
@@ -79,6 +79,7 @@ async def record(
     committed = await store.write_in_steps(
         lambda connection: commit_batch(connection, batch, registers_unknown=registers_unknown)
     )
+    await store.write(lambda connection: date_back(connection, [body["transaction-id"] for body in bodies], at_ms))
     return [outcome.value for outcome in committed.outcomes]
 
 

@@ -4,11 +4,16 @@ Called by the command line and over HTTP. Transactions go in set by set, not row
 of thousands loads in seconds. Source: docs/contract.md, section 5.
 """
 
+import codecs
 import csv
+import re
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +28,11 @@ from voicetx.tallies import Sent
 
 _TRANSACTION_ID = TypeAdapter(TransactionId)
 _FIELD = "transaction-id"
-_NO_HEADER = f"The file's first line must be a header that names {_FIELD}."
+_NO_HEADER = (
+    f"The file's first line must be a header that names {_FIELD}, with commas, semicolons or tabs between names."
+)
+_DELIMITERS: tuple[str, ...] = (",", ";", "\t")
+_SAYS_DELIMITER = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)
 _MOST_LINES_OF_A_ROW = 100  # each of which may have the row read anew
 _LONGEST_ROW = 131_072  # characters, as Python's csv has it for a field
 
@@ -191,6 +200,11 @@ def guess_format(first_line: str) -> FileFormat:
     return FileFormat.NDJSON if first_line.lstrip("\ufeff \t\r\n").startswith("{") else FileFormat.CSV
 
 
+def guess_encoding(start: bytes) -> str:
+    """Return how a file's text is encoded, by its first two bytes: UTF-16 where its mark says so, else UTF-8."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
 def read_lines(lines: Iterable[str], file_format: FileFormat) -> Iterator[Line]:
     """Read the transaction ids of a file, line by line; numbers count from 1, a CSV's header among them.
 
@@ -198,82 +212,125 @@ def read_lines(lines: Iterable[str], file_format: FileFormat) -> Iterator[Line]:
     """
     reader = LineReader(file_format)
     for number, text in enumerate(lines, start=1):
-        if (line := reader.read(number, text)) is not None:
-            yield line
-    if (line := reader.end()) is not None:
-        yield line
+        yield from reader.read(number, text)
+    yield from reader.end()
+
+
+class _Text(NamedTuple):
+    number: int
+    text: str
 
 
 class LineReader:
     """Reads the transaction ids of a file from its lines, as they come in.
 
-    A row of a CSV may go over several lines, in quotes: it is read, and numbered, with the last of them.
+    A row of a CSV may go over several lines, in quotes: it is read, and numbered, with the last of them. Quotes that do
+    not end as they should, or that make an id of several lines, cost the line on which they begin, and the lines after
+    it are read each for itself. Between cells stands a comma, a semicolon or a tab, whichever makes the header name
+    `transaction-id`, or what a first line such as `sep=;` says, as Excel has it.
     """
 
     def __init__(self, file_format: FileFormat) -> None:
         self._format = file_format
+        self._delimiters = _DELIMITERS
         self._place: int | None = None  # of the id in a CSV's rows, once its header is read
-        self._row: list[str] = []  # lines of a row that has not ended
+        self._row: list[_Text] = []  # lines of a row that has not ended
         self._row_length = 0
-        self._number = 0
 
-    def read(self, number: int, text: str) -> Line | None:
-        """Return what a line, its end included, comes to; None for one that is blank, or not the end of its row.
+    def read(self, number: int, text: str) -> list[Line]:
+        """Return what a line, its end included, comes to; nothing for one that is blank, or not the end of its row.
 
         Raises `DeploymentError` for a CSV's header that does not name `transaction-id`.
         """
-        self._number = number
         if self._format is FileFormat.NDJSON:
-            return _read_json_line(number, text) if text.strip() else None
-        self._row.append(text)
-        self._row_length += len(text)
-        if len(self._row) > 1 and '"' not in text and not self._is_too_long:
-            return None  # in quotes, and no end of them
-        try:
-            row = None if self._is_too_long else next(csv.reader(_offer(self._row), strict=True))
-        except _RowGoesOnError:
-            return None
-        except csv.Error as error:
-            return self._refuse(f"not CSV: {error}")
-        if row is None:
-            return self._refuse("not CSV: a row in quotes does not end")
-        self._drop_row()
-        return self._read_row(row)
+            return [_read_json_line(number, text)] if text.strip() else []
+        return self._read_texts([_Text(number, text)])
 
-    def end(self) -> Line | None:
-        """Return what is wrong with the end of the file; raises as `read` for a file that is empty."""
-        if self._row:
-            return self._refuse("not CSV: unexpected end of data")
+    def end(self) -> list[Line]:
+        """Return what the end of the file comes to; raises as `read`, and for a file that is empty."""
+        found: list[Line] = []
+        while self._row:
+            line, again = self._end_row()
+            found += [] if line is None else [line]
+            found += self._read_texts(again)
         if self._format is FileFormat.CSV and self._place is None:
             raise DeploymentError(_NO_HEADER)
-        return None
+        return found
 
-    @property
-    def _is_too_long(self) -> bool:
-        return len(self._row) > _MOST_LINES_OF_A_ROW or self._row_length > _LONGEST_ROW
+    def _read_texts(self, texts: Iterable[_Text]) -> list[Line]:
+        found: list[Line] = []
+        waiting = deque(texts)
+        while waiting:
+            text = waiting.popleft()
+            self._row.append(text)
+            self._row_length += len(text.text)
+            is_too_long = len(self._row) > _MOST_LINES_OF_A_ROW or self._row_length > _LONGEST_ROW
+            # Within quotes, an even number of them more leads nowhere else.
+            if len(self._row) > 1 and text.text.count('"') % 2 == 0 and not is_too_long:
+                continue
+            with suppress(_RowGoesOnError):
+                line, again = self._end_row(may_go_on=not is_too_long)
+                found += [] if line is None else [line]
+                waiting.extendleft(reversed(again))
+        return found
 
-    def _read_row(self, row: list[str]) -> Line | None:
+    def _end_row(self, *, may_go_on: bool = False) -> tuple[Line | None, list[_Text]]:
+        """Return what the lines of a row come to, and those of them that are to be read again.
+
+        Raises `_RowGoesOnError` where it may go on, and more lines may end it.
+        """
+        texts = [text for _, text in self._row]
+        if self._place is None and (said := _SAYS_DELIMITER.fullmatch(texts[0])) is not None:
+            self._delimiters = (said[1],)
+            return None, self._drop_row(1)
+        goes_on = False
+        fault = ""
+        for delimiter in self._delimiters:
+            reader = csv.reader(_offer(texts), delimiter=delimiter, strict=True)
+            try:
+                cells = next(reader)
+            except _RowGoesOnError:
+                goes_on = True
+            except csv.Error as error:
+                fault = fault or f"not CSV: {error}"
+            else:
+                if self._place is not None and cells:
+                    return self._read_row(cells, reader.line_num)
+                if not cells or self._read_header(cells, delimiter):
+                    return None, self._drop_row(reader.line_num)
+        if goes_on and may_go_on:
+            raise _RowGoesOnError
         if self._place is None:
-            header = [name.strip() for name in row]
-            if _FIELD not in header:
-                raise DeploymentError(_NO_HEADER)
-            self._place = header.index(_FIELD)
-            return None
-        if not row:
-            return None
-        if self._place >= len(row):
-            return Line(self._number, None, f"no {_FIELD}")
-        return _judge(self._number, row[self._place])
+            raise DeploymentError(f"The file's first line is {fault}." if fault else _NO_HEADER)
+        return self._refuse_quotes() if goes_on or len(texts) > 1 else self._refuse(fault)
 
-    def _refuse(self, fault: str) -> Line:
-        self._drop_row()
-        if self._place is None:
-            raise DeploymentError(f"The file's first line is {fault}.")
-        return Line(self._number, None, fault)
+    def _read_header(self, cells: Sequence[str], delimiter: str) -> bool:
+        names = [name.strip() for name in cells]
+        if _FIELD not in names:
+            return False
+        self._place, self._delimiters = names.index(_FIELD), (delimiter,)
+        return True
 
-    def _drop_row(self) -> None:
-        self._row.clear()
-        self._row_length = 0
+    def _read_row(self, cells: Sequence[str], lines: int) -> tuple[Line | None, list[_Text]]:
+        place = self._place or 0
+        number = self._row[lines - 1].number
+        if place < len(cells) and "\n" in cells[place].strip():
+            return self._refuse_quotes()
+        again = self._drop_row(lines)
+        return (_judge(number, cells[place]) if place < len(cells) else Line(number, None, f"no {_FIELD}")), again
+
+    def _refuse_quotes(self) -> tuple[Line, list[_Text]]:
+        return self._refuse("not CSV: a quote on this line is not closed")
+
+    def _refuse(self, fault: str) -> tuple[Line, list[_Text]]:
+        number = self._row[0].number
+        return Line(number, None, fault), self._drop_row(1)
+
+    def _drop_row(self, lines: int) -> list[_Text]:
+        """Forget the row, which was read from so many lines; return the lines after these."""
+        rest = self._row[lines:]
+        self._row, self._row_length = [], 0
+        return rest
 
 
 class _RowGoesOnError(Exception):
@@ -283,6 +340,58 @@ class _RowGoesOnError(Exception):
 def _offer(lines: Iterable[str]) -> Iterator[str]:
     yield from lines
     raise _RowGoesOnError
+
+
+class Loading:
+    """Counts what becomes of a file's lines, which are registered some at a time.
+
+    Of the lines that are read each comes to one of three: it is the first to name a transaction that is registered with
+    the deployment then (`loaded`), it names that once more (`repeated`), or it is at fault (`faulty`).
+    """
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self.repeated = 0
+        self.faulty = 0
+        self._known: set[str] = set()
+        self._places: dict[str, list[int]] = {}
+        self._bad: list[Line] = []
+        self._pending = 0
+
+    @property
+    def pending(self) -> int:
+        """How many lines have come to nothing yet."""
+        return self._pending
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids that are to be registered now."""
+        return list(self._places)
+
+    def add(self, lines: Iterable[Line]) -> None:
+        """Take lines."""
+        for line in lines:
+            self._pending += 1
+            if line.transaction_id is None:
+                self._bad.append(line)
+            elif line.transaction_id in self._known:
+                self.repeated += 1
+            else:
+                self._places.setdefault(line.transaction_id, []).append(line.number)
+
+    def settle(self, elsewhere: Collection[str]) -> list[Line]:
+        """Note that the ids are registered, but for those of other deployments; return the lines at fault, in order."""
+        bad = self._bad
+        for transaction_id, (first, *others) in self._places.items():
+            if transaction_id in elsewhere:
+                bad += [Line(number, transaction_id, "belongs to another deployment") for number in (first, *others)]
+            else:
+                self.loaded += 1
+                self.repeated += len(others)
+                self._known.add(transaction_id)
+        self.faulty += len(bad)
+        self._places, self._bad, self._pending = {}, [], 0
+        return sorted(bad, key=lambda line: line.number)
 
 
 def _read_json_line(number: int, line: str) -> Line:

@@ -4,9 +4,9 @@ How a deployment is made is `voicetx.deployments`, what its numbers are `voicetx
 like over HTTP. Its transactions themselves: `voicetx.api.listings`.
 """
 
-from collections.abc import Iterable, Iterator
+import codecs
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
@@ -50,7 +50,9 @@ from voicetx.deployments import (
     FileFormat,
     Line,
     LineReader,
+    Loading,
     create_deployment,
+    guess_encoding,
     guess_format,
     is_name,
     is_step,
@@ -228,6 +230,7 @@ async def mint(call: Call) -> Answer:
 async def load(call: Call) -> Answer:
     """Register the transactions that lines name: NDJSON with a transaction-id in each, or CSV whose header names it.
 
+    A CSV may have commas, semicolons or tabs, and a first line such as `sep=;`; text is UTF-8, or UTF-16 with its mark.
     Which of them it is, the content-type says, or else the first line. Bad lines are named, at most 100 of them, and
     the rest is loaded; an id that another deployment has stays there. May be repeated, also after an answer that says
     that the body is too large or the store away: what was loaded by then stays.
@@ -235,33 +238,20 @@ async def load(call: Call) -> Answer:
     deployment_id = call.deployment_id
     await require_deployment(call)
     with take_place(call):
-        loaded = await _load(call, deployment_id)
+        loading, faults = await _load(call, deployment_id)
     return await answer_json(
         lambda: {
             "deployment": deployment_id,
-            "loaded": loaded.count,
-            "faulty": loaded.faulty,
-            "faults": [{"line": line.number, "reason": line.fault} for line in loaded.faults],
+            "loaded": loading.loaded,
+            "repeated": loading.repeated,
+            "faulty": loading.faulty,
+            "faults": [{"line": line.number, "reason": line.fault} for line in faults],
         }
     )
 
 
-@dataclass(slots=True)
-class _Loaded:
-    """What became of the lines so far; `faults` are the first of those at fault."""
-
-    count: int = 0
-    faulty: int = 0
-    faults: list[Line] = field(default_factory=list)
-
-    def refuse(self, lines: Iterable[Line]) -> None:
-        for line in sorted(lines, key=lambda line: line.number):
-            self.faulty += 1
-            if len(self.faults) < _MOST_FAULTS:
-                self.faults.append(line)
-
-
-async def _load(call: Call, deployment_id: str) -> _Loaded:
+async def _load(call: Call, deployment_id: str) -> tuple[Loading, list[Line]]:
+    """Register what a body's lines name; return the counts, and the first lines at fault."""
     settings = call.services.settings
     chunks = read_chunks(
         call.request.scope,
@@ -270,30 +260,46 @@ async def _load(call: Call, deployment_id: str) -> _Loaded:
         timeout_seconds=settings.body_timeout_seconds,
     )
     reader: LineReader | None = None
-    loaded = _Loaded()
-    waiting: dict[str, int] = {}
-    bad: list[Line] = []
-    async for raw in split_lines(chunks, settings.body_limit_bytes):
+    loading = Loading()
+    faults: list[Line] = []
+    async for raw in split_lines(_read_as_utf8(chunks), settings.body_limit_bytes):
         if raw.number > settings.bulk_limit_lines:
             raise Rejected(Refusal.BODY_TOO_LARGE)
         if raw.text is None:
-            bad.append(Line(raw.number, None, f"longer than {settings.body_limit_bytes} bytes"))
+            loading.add([Line(raw.number, None, f"longer than {settings.body_limit_bytes} bytes")])
             continue
         text = raw.text.decode("utf-8-sig" if reader is None else "utf-8", errors="replace")
         reader = reader or LineReader(_choose_format(call, text))
         with _refusing_no_header():
-            line = reader.read(raw.number, text + "\n")
-        if line is not None and line.transaction_id is not None:
-            waiting[line.transaction_id] = line.number
-        elif line is not None:
-            bad.append(line)
-        if len(waiting) + len(bad) >= _LINES_AT_ONCE:
-            await _register(call, deployment_id, waiting, bad, loaded)
+            loading.add(reader.read(raw.number, text + "\n"))
+        if loading.pending >= _LINES_AT_ONCE:
+            faults += await _register(call, deployment_id, loading)
+            del faults[_MOST_FAULTS:]
     reader = reader or LineReader(_choose_format(call, ""))
     with _refusing_no_header():
-        line = reader.end()
-    await _register(call, deployment_id, waiting, [*bad, *([line] if line is not None else ())], loaded)
-    return loaded
+        loading.add(reader.end())
+    faults += await _register(call, deployment_id, loading)
+    return loading, faults[:_MOST_FAULTS]
+
+
+async def _read_as_utf8(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield a body as it comes in, in UTF-8 also where its mark says that it is UTF-16."""
+    start = b""
+    async for chunk in chunks:
+        start += chunk
+        if len(start) > 1:
+            break
+    encoding = guess_encoding(start)
+    if encoding != "utf-16":
+        yield start
+        async for chunk in chunks:
+            yield chunk
+        return
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    yield decoder.decode(start).encode()
+    async for chunk in chunks:
+        yield decoder.decode(chunk).encode()
+    yield decoder.decode(b"", final=True).encode()
 
 
 @contextmanager
@@ -301,23 +307,20 @@ def _refusing_no_header() -> Iterator[None]:
     try:
         yield
     except DeploymentError:
-        reason = "must be named by the first line, the header of the CSV"
+        reason = "must be named by the first line, the header of the CSV, with commas, semicolons or tabs between names"
         raise Rejected(Refusal.BAD_VALUE, [Fault("transaction-id", reason)]) from None
 
 
-async def _register(call: Call, deployment_id: str, waiting: dict[str, int], bad: list[Line], loaded: _Loaded) -> None:
-    """Register what waits, all of it in one transaction, and note what became of it."""
-    others: set[str] = set()
-    if waiting:
-        work = partial(register_transactions, deployment_id=deployment_id, ids=list(waiting))
+async def _register(call: Call, deployment_id: str, loading: Loading) -> list[Line]:
+    """Register what waits, all of it in one transaction; return the lines at fault."""
+    elsewhere: set[str] = set()
+    if ids := loading.ids:
+        work = partial(register_transactions, deployment_id=deployment_id, ids=ids)
         try:
-            others = await call.services.store.write_beside(work)
+            elsewhere = await call.services.store.write_beside(work)
         except DeploymentError:
             raise Rejected(Refusal.NOT_FOUND) from None
-    loaded.count += len(waiting) - len(others)
-    loaded.refuse([*bad, *(Line(waiting[other], other, "belongs to another deployment") for other in others)])
-    waiting.clear()
-    bad.clear()
+    return loading.settle(elsewhere)
 
 
 def _choose_format(call: Call, first_line: str) -> FileFormat:

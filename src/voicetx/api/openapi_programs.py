@@ -195,7 +195,8 @@ class Loaded(BaseModel):
     """What became of the lines."""
 
     deployment: str = Field(examples=["spring-2026"])
-    loaded: int = Field(description="how many lines named a transaction that is registered with it now")
+    loaded: int = Field(description="how many transactions they name that are registered with it now")
+    repeated: int = Field(description="how many lines name one of these once more")
     faulty: int = Field(description="how many lines were not loaded")
     faults: list[LineFault] = Field(description="the first 100 of those")
 
@@ -300,7 +301,10 @@ LOAD_REQUEST: dict[str, Any] = {
                 "example": '{"transaction-id":"spring-1"}\n{"transaction-id":"spring-2"}\n',
             },
             "text/csv": {
-                "schema": {"type": "string", "description": "a header that names transaction-id, and rows"},
+                "schema": {
+                    "type": "string",
+                    "description": "a header that names transaction-id, and rows, with commas, semicolons or tabs",
+                },
                 "example": "transaction-id,phone\r\nspring-1,+15550199\r\n",
             },
         },

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader, TextIOWrapper
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar, cast
 from zoneinfo import ZoneInfo
 
 import typer
@@ -23,7 +25,7 @@ from voicetx.cli.output import (
     run_on_store,
     write,
 )
-from voicetx.deployments import Deployment, FileFormat, Line
+from voicetx.deployments import Deployment, FileFormat, Line, Loading, guess_encoding
 from voicetx.reports import (
     CALL_STATES,
     DROP_CODES,
@@ -183,63 +185,64 @@ def load(
 ) -> None:
     """Register the transactions that a file names; may be stopped and run again.
 
-    NDJSON has {"transaction-id": ...} on each line, CSV a header with transaction-id. Bad lines are named and the rest
-    is loaded; the exit status is then 1.
+    NDJSON has {"transaction-id": ...} on each line, CSV a header with transaction-id, and commas, semicolons or tabs.
+    UTF-8, or UTF-16 with its mark. Bad lines are named and the rest is loaded; the exit status is then 1.
     """
     read(lambda connection: deployments.require_deployment(connection, deployment_id))
-    source = sys.stdin if file == "-" else Path(file).open(encoding="utf-8-sig", errors="replace", newline="")  # noqa: SIM115 - closed below
-    try:
+    with _open(file) as source:
         lines = _read(source, file, file_format)
-        loaded, faults = run_on_store(lambda store: _load(store, deployment_id, lines))
-    finally:
-        source.close()
+        loading = run_on_store(lambda store: _load(store, deployment_id, lines))
     if as_json:
-        print_json({"deployment": deployment_id, "loaded": loaded, "faults": faults})
+        counts = {"loaded": loading.loaded, "repeated": loading.repeated, "faults": loading.faulty}
+        print_json({"deployment": deployment_id, **counts})
     else:
-        typer.echo(f"{loaded:,} transactions are registered with {deployment_id}.")
-    if faults:
-        complain(f"{faults:,} lines were not loaded.")
+        again = f"; {loading.repeated:,} lines name one of them again" if loading.repeated else ""
+        typer.echo(f"{loading.loaded:,} transactions are registered with {deployment_id}{again}.")
+    if loading.faulty:
+        complain(f"{loading.faulty:,} lines were not loaded.")
         raise typer.Exit(1)
+
+
+@contextmanager
+def _open(file: str) -> Iterator[TextIO]:
+    """Open a file, or standard input, in the encoding that its mark names; lines end as they are written."""
+    with ExitStack() as stack:
+        source = sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
+        buffered = cast("BufferedReader", source)
+        text = TextIOWrapper(buffered, encoding=guess_encoding(buffered.peek(2)), errors="replace", newline="")
+        stack.callback(text.detach)  # standard input is not ours to close
+        yield text
 
 
 def _read(source: TextIO, file: str, file_format: FileFormat | None) -> Iterator[Line]:
     lines: Iterable[str] = source
     if file_format is None:
         suffix = Path(file).suffix.lower()
-        if suffix == ".csv":
+        if suffix in {".csv", ".tsv"}:
             file_format = FileFormat.CSV
         elif suffix in {".ndjson", ".jsonl", ".json"}:
             file_format = FileFormat.NDJSON
         else:
             first = next(source, "")
             file_format = deployments.guess_format(first)
-            lines = _chain(first, source)
+            lines = chain([first] if first else [], source)
     return deployments.read_lines(lines, file_format)
 
 
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    if first:
-        yield first.lstrip("\ufeff")
-    yield from rest
-
-
-async def _load(store: Store, deployment_id: str, lines: Iterator[Line]) -> tuple[int, int]:
+async def _load(store: Store, deployment_id: str, lines: Iterator[Line]) -> Loading:
     """Register chunk by chunk, each in its own transaction; return how many ids are registered, and how many faults."""
-    loaded = faults = 0
+    loading = Loading()
     with follow_progress(None) as advance:
         while chunk := list(islice(lines, _CHUNK)):
-            places = {line.transaction_id: line.number for line in chunk if line.transaction_id is not None}
-            others = await store.write(
-                lambda connection: deployments.register_transactions(connection, deployment_id, places)  # noqa: B023 - awaited at once
+            loading.add(chunk)
+            elsewhere = await store.write(
+                lambda connection: deployments.register_transactions(connection, deployment_id, loading.ids)
             )
-            bad = [line for line in chunk if line.fault is not None]
-            bad += [Line(places[other], other, f"{other} belongs to another deployment") for other in others]
-            for line in sorted(bad, key=lambda line: line.number):
-                complain(f"line {line.number}: {line.fault}")
-            faults += len(bad)
-            loaded += len(places) - len(others)
+            for line in loading.settle(elsewhere):
+                whose = f"{line.transaction_id} " if line.transaction_id is not None else ""
+                complain(f"line {line.number}: {whose}{line.fault}")
             advance(len(chunk))
-    return loaded, faults
+    return loading
 
 
 def _describe(found: Deployment) -> dict[str, Any]:
