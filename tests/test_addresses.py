@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from platform_side import make_user
-from servers import PostgreSQL, clean_environment
+from servers import PostgreSQL, Valkey, clean_environment
 from test_cli import fail, run
-from voicetx.addresses import FileAddress, ServerAddress, read_database_url
+from voicetx.addresses import FileAddress, ServerAddress, read_database_url, read_redis_url
 from voicetx.settings import Settings
 from voicetx.store import Store
+from voicetx.throttle import check_redis
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,3 +212,64 @@ def test_the_systems_certificates_are_trusted() -> None:
     assert options["ssl"].check_hostname
     assert options["ssl"].verify_mode.name == "CERT_REQUIRED"
     assert options["dsn"] == "postgresql://?target_session_attrs=any"
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://:pa/s3cret@cache:6379/0", "redis://HOST:PORT"),
+        ("redis://:12/s3cret@cache:6379/0", "redis://HOST:PORT"),
+        ("redis://user:12?s3cret=1@cache", "redis://HOST:PORT"),
+        ("redis://user:12#s3cret@cache", "redis://HOST:PORT"),
+        ("redis://:pa%FFs3cret@cache", "redis://HOST:PORT"),
+        ("redis://cache:s3cret", "redis://HOST:PORT"),
+        ("redis://cache:6379/s3cret", "redis://HOST:PORT"),
+        ("redis://cache:6379/0/s3cret", "redis://HOST:PORT"),
+        ("redis://cache:6379?db=s3cret", "the option db"),
+        ("redis://cache:6379?socket_timeout=30", "VOICETX_REDIS_TIMEOUT_SECONDS"),
+        ("redis://cache:6379?ssl_cert_reqs=none", "ssl_cert_reqs"),
+        ("rediss://cache:6379?ssl_cert_reqs=s3cret", "ssl_cert_reqs"),
+        ("redis://cache:6379?parser_class=s3cret", "parser_class"),
+        ("redis://:s3cret@a:7000,b:7001,c:7002", "Redis Cluster"),
+        ("redis+cluster://:s3cret@cache:7000", "Redis Cluster"),
+        ("rediss+sentinel://:s3cret@cache:7000/mymaster", "Sentinel"),
+    ],
+)
+def test_a_redis_url_that_will_not_do_is_a_sentence(url: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis URL that cannot be read, or would silently not hold, is a sentence without its text."""
+    monkeypatch.setenv("VOICETX_REDIS_URL", url)
+    printed = fail("sqlite:///voicetx.db", "db", "check")
+    assert printed.startswith("VOICETX_REDIS_URL: ")
+    assert told in printed
+    assert len(printed.splitlines()) == 1
+    assert "s3cret" not in printed
+
+
+@pytest.mark.parametrize("password", ["pa[1]", "p@ss", "p:a:ss", "%2F%3f%23"])
+def test_a_redis_url_is_read_once(password: str) -> None:
+    """A password is decoded once, and options give what they say."""
+    address = read_redis_url(f"rediss://user:{password}@[::1]/3?ssl_check_hostname=false&client_name=voicetx%20one")
+    assert address.is_encrypted
+    assert address.options == {
+        "host": "::1",
+        "port": 6379,
+        "username": "user",
+        "password": {"%2F%3f%23": "/?#"}.get(password, password),
+        "db": 3,
+        "ssl_check_hostname": False,
+        "client_name": "voicetx one",
+    }
+    assert password not in repr(address)
+
+
+def test_redis_that_cannot_count_as_told_is_a_sentence_at_the_start(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`serve` says so where Redis has no database of that number or is of a cluster; one that is away is no fault."""
+    monkeypatch.setenv("VOICETX_REDIS_URL", f"redis://127.0.0.1:{valkey.port}/4000")
+    assert fail("sqlite:///a.db", "serve") == "VOICETX_REDIS_URL: the server has no database of this number.\n"
+    with Valkey("--cluster-enabled", "yes") as cluster:
+        monkeypatch.setenv("VOICETX_REDIS_URL", cluster.url)
+        assert "part of a Redis Cluster" in fail("sqlite:///a.db", "serve")
+    asyncio.run(check_redis(f"redis://127.0.0.1:{cluster.port}/4000", 1))
+    asyncio.run(check_redis(valkey.url, 10))

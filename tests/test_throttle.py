@@ -576,6 +576,17 @@ async def test_closing_leaves_no_call_undecided(start_valkey: Callable[[], Valke
         assert await waiting == 0
 
 
+async def test_a_cluster_is_not_asked_again() -> None:
+    """A server that turns out to be part of a cluster is named in one log line, and all calls are counted here."""
+    with Valkey("--cluster-enabled", "yes") as cluster:
+        async with open_throttle(redis_url=cluster.url, throttle="2/year", redis_timeout_seconds=5) as throttle:
+            throttle._retry_seconds = 0.0
+            with capture_logs() as lines:
+                assert [await call(throttle) for _ in range(3)][:2] == [0, 0]
+            assert not throttle._may_ask_redis()
+            assert [(line["event"], line["log_level"]) for line in lines] == [("throttle.redis_is_cluster", "error")]
+
+
 async def test_a_password_is_not_logged(start_valkey: Callable[[], Valkey]) -> None:
     """The line that says that Redis is away tells the kind of failure, not the address nor what the server says."""
     valkey = start_valkey()

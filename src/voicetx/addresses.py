@@ -14,13 +14,19 @@ from urllib.parse import quote, unquote, urlencode
 
 _FILE_PREFIX = "sqlite:///"
 _FORMS = "a database is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+_REDIS_FORM = "a Redis server is redis://HOST:PORT or rediss://USER:PASSWORD@HOST:PORT/NUMBER"
 _ENCODED = "/ ? # @ : and % in a name or password are written %2F %3F %23 %40 %3A and %25"
 _UNREADABLE = f"this PostgreSQL URL cannot be read: {_ENCODED}, and a port is a number from 1 to 65535"
 _MOST_PORT = 65_535
+_REDIS_PORT = 6_379
 
 # RFC 3986, appendix B, with several hosts; urlsplit() refuses brackets in a password and quotes it.
 _SERVER = re.compile(
     r"postgres(?:ql)?://(?:(?P<credentials>[^/?#]*)@)?(?P<hosts>[^/?#@]*)(?:/(?P<name>[^?#@]*))?(?:\?(?P<query>[^#]*))?"
+)
+_REDIS = re.compile(
+    r"redis(?P<encrypted>s?)://(?:(?P<credentials>[^/?#]*)@)?(?P<host>[^/?#@]+)(?:/(?P<number>[0-9]{0,6}))?"
+    r"(?:\?(?P<query>[^#]*))?"
 )
 _HOST = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<name>[^:\[\]]*))(?::(?P<port>[0-9]*))?")
 _OPTION = re.compile(r"(?P<name>[a-z_]+)=(?P<value>.*)", re.DOTALL)
@@ -71,6 +77,14 @@ class ServerAddress:
         return [shared | {"host": host, "port": port} for host, port in self.hosts]
 
 
+@dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """A Redis server, and what redis-py connects to it with."""
+
+    is_encrypted: bool
+    options: Mapping[str, Any] = field(repr=False)
+
+
 DatabaseAddress = FileAddress | ServerAddress
 
 
@@ -88,6 +102,49 @@ def read_database_url(url: str) -> DatabaseAddress:
     if text.startswith(("postgresql://", "postgres://")):
         return _read_server(text)
     raise ValueError(_FORMS)
+
+
+def read_redis_url(url: str) -> RedisAddress:
+    """Return the server that a URL names; raises ValueError with a sentence where it names none, or more than one.
+
+    The form is redis-py's: what it would pass over, or take for something else, is refused.
+    """
+    text = url.strip()
+    parts = _REDIS.fullmatch(text)
+    if parts is None or "," in parts["host"]:
+        # Their clients would be two more ways to count, each to be measured and to be held to its time.
+        is_cluster = parts is not None or text.startswith(("redis+", "rediss+"))
+        raise ValueError(
+            "Redis Cluster, Sentinel and several hosts are not supported: name one server that is no part of a cluster"
+            if is_cluster
+            else f"{_REDIS_FORM}; {_ENCODED}"
+        )
+    user, _, password = (parts["credentials"] or "").partition(":")
+    host, port = _read_host(parts["host"], lambda name: _decode(name, _REDIS_FORM), _REDIS_FORM)
+    if host is None:
+        raise ValueError(_REDIS_FORM)
+    options: dict[str, Any] = {
+        "host": host,
+        "port": port or _REDIS_PORT,
+        "username": _decode(user, _REDIS_FORM) or None,
+        "password": _decode(password, _REDIS_FORM) or None,
+        "db": int(parts["number"] or 0),
+    }
+    is_encrypted = bool(parts["encrypted"])
+    query = parts["query"] or ""
+    for part in filter(None, query.split("&")):
+        option = _OPTION.fullmatch(_decode(part, _REDIS_FORM))
+        name, value = option.group("name", "value") if option is not None else ("", "")
+        taken = _REDIS_OPTIONS.get(name)
+        if option is None or (taken is None and "@" in query):
+            raise ValueError(f"{_REDIS_FORM}; {_ENCODED}")
+        if taken is None or (name.startswith("ssl_") and not is_encrypted):
+            raise ValueError(f"the option {name} of a redis:// URL is not supported{_INSTEAD.get(name, '')}")
+        pattern, convert = taken
+        if not pattern.fullmatch(value):
+            raise ValueError(f"the option {name} of a Redis URL does not have this value")
+        options[name] = convert(value)
+    return RedisAddress(is_encrypted, options)
 
 
 def _read_file(text: str) -> FileAddress:
@@ -176,18 +233,18 @@ def _read_hosts(authority: str, names: str, ports: str) -> tuple[Host, ...]:
     return tuple(hosts)
 
 
-def _read_host(text: str, decode: Callable[[str], str]) -> Host:
+def _read_host(text: str, decode: Callable[[str], str], sentence: str = _UNREADABLE) -> Host:
     found = _HOST.fullmatch(text)
     if found is None:
-        raise ValueError(_UNREADABLE)
-    return decode(found["bracketed"] or found["name"] or "") or None, _read_port(found["port"] or "")
+        raise ValueError(sentence)
+    return decode(found["bracketed"] or found["name"] or "") or None, _read_port(found["port"] or "", sentence)
 
 
-def _read_port(text: str) -> int | None:
+def _read_port(text: str, sentence: str = _UNREADABLE) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) <= _MOST_PORT):
-        raise ValueError(_UNREADABLE)
+        raise ValueError(sentence)
     return int(text)
 
 
@@ -283,7 +340,33 @@ _PASSED_OVER: Mapping[str, re.Pattern[str]] = {
 }
 """The options that change nothing for this service, where they have these values."""
 
+_TRUTH = re.compile(r"(?i:true|yes|1|false|no|0)")
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() in {"true", "yes", "1"}
+
+
+_REDIS_OPTIONS: Mapping[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
+    "db": (re.compile(r"[0-9]{1,6}"), int),
+    "username": (_ANY, str),
+    "password": (_ANY, str),
+    "client_name": (_ANY, str),
+    "protocol": (re.compile(r"[23]"), int),
+    "socket_keepalive": (_TRUTH, _is_true),
+    "health_check_interval": (re.compile(r"[0-9]{1,6}"), int),
+    "ssl_cert_reqs": (re.compile(r"none|optional|required"), str),
+    "ssl_check_hostname": (_TRUTH, _is_true),
+    "ssl_ca_certs": (_ANY, str),
+    "ssl_ca_path": (_ANY, str),
+    "ssl_certfile": (_ANY, str),
+    "ssl_keyfile": (_ANY, str),
+    "ssl_password": (_ANY, str),
+}
+"""The options of a Redis URL that are taken, with their values and what becomes of one; those of TLS need rediss://."""
+
 _INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(("timeout", "socket_timeout", "socket_connect_timeout"), ": see VOICETX_REDIS_TIMEOUT_SECONDS"),
     "hostaddr": ": write the address as the host",
     "statement_timeout": ": see VOICETX_COMMIT_TIMEOUT_SECONDS",
     "search_path": ": write options=-c%20search_path%3DNAME",

@@ -7,14 +7,13 @@ names and bounds only, not what is done with a value.
 from enum import StrEnum
 from ipaddress import ip_network
 from typing import Annotated
-from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
 from limits import parse_many
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from voicetx.addresses import read_database_url
+from voicetx.addresses import read_database_url, read_redis_url
 
 
 class UnknownTransactions(StrEnum):
@@ -70,13 +69,7 @@ def check_redis_url(url: SecretStr | None) -> SecretStr | None:
     text = url.get_secret_value().strip() if url is not None else ""
     if not text:
         return None
-    try:
-        address = urlsplit(text)
-        is_complete = address.scheme in {"redis", "rediss"} and bool(address.hostname) and address.port != 0
-    except ValueError:  # the port is no number
-        is_complete = False
-    if not is_complete:
-        raise ValueError("a Redis server is redis://HOST:PORT or rediss://USER:PASSWORD@HOST:PORT/NUMBER")
+    read_redis_url(text)
     return url
 
 

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from slowapi.wrappers import Limit
 from starlette.requests import Request
 
 from voicetx import metrics
+from voicetx.addresses import RedisAddress, read_redis_url
 from voicetx.duties import Duty, held
 from voicetx.settings import Settings
 
@@ -46,6 +47,8 @@ _KEPT_AFTER_WINDOW_SECONDS = 60  # a count outlives its window, for who asks at 
 _ADDRESSES_MOST = 100_000
 _ADDRESS_MOST_CHARACTERS = 64
 _IPV6_NETWORK_BITS = 64  # what one subscriber is given: counting single addresses of it would count nothing
+
+_NO_CLUSTER = "the server is part of a Redis Cluster, which is not supported: name one that is not"
 
 _log = structlog.get_logger(__name__)
 
@@ -177,7 +180,7 @@ class Throttle:
         self._pool: BlockingConnectionPool | None = None
         self._redis: RedisStorage | None = None
         if settings.redis_url is not None:
-            self._pool = _make_pool(settings.redis_url.get_secret_value(), self._timeout_seconds)
+            self._pool = _make_pool(read_redis_url(settings.redis_url.get_secret_value()), self._timeout_seconds)
             self._redis = _make_storage(self._pool)
 
     def spend(self, user: Hashable, limit: str | None) -> bool:
@@ -367,14 +370,20 @@ class Throttle:
         return True
 
     def _note_away(self, error: Exception) -> None:
+        if self._away_until == inf:
+            return
         self._away_until = time.monotonic() + self._retry_seconds
-        if not self._is_away:
+        if _is_of_a_cluster(error):
+            # Some keys would be counted there and some here: it is not asked again.
+            self._is_away, self._away_until = True, inf
+            _log.error("throttle.redis_is_cluster", reason=_NO_CLUSTER)
+        elif not self._is_away:
             self._is_away = True
             # The kind of error only: a server may quote in its text what it was sent, and that can be the password.
             _log.warning("throttle.redis_away", reason=type(error).__name__)
 
     def _note_back(self) -> None:
-        if self._is_away:
+        if self._is_away and self._away_until < inf:
             self._is_away = False
             _log.warning("throttle.redis_back", fallbacks=self.fallbacks)
 
@@ -396,20 +405,57 @@ def _read_limit(text: str) -> Limit:
 
 
 # Redis's library is imported where there is a Redis: a tenth of the time in which the service starts.
-def _make_pool(url: str, timeout_seconds: float) -> "BlockingConnectionPool":
-    from redis.asyncio import BlockingConnectionPool  # noqa: PLC0415
+def _make_pool(address: RedisAddress, timeout_seconds: float) -> "BlockingConnectionPool":
+    from redis.asyncio import BlockingConnectionPool, Connection, SSLConnection  # noqa: PLC0415
     from redis.asyncio.retry import Retry  # noqa: PLC0415
     from redis.backoff import NoBackoff  # noqa: PLC0415
 
     # Blocking: the ordinary pool fails a burst of more than its hundred, which would pass for Redis being away.
     # One retry: so would an idle connection that was cut, by a restart or by whatever is in between.
-    return BlockingConnectionPool.from_url(
-        url,
+    return BlockingConnectionPool(
+        connection_class=SSLConnection if address.is_encrypted else Connection,
         max_connections=_REDIS_CONNECTIONS,
         retry=Retry(NoBackoff(), 1),
         socket_timeout=timeout_seconds,
         socket_connect_timeout=timeout_seconds,
+        **address.options,
     )
+
+
+class RedisUnfit(Exception):  # noqa: N818 - a state of the world, named as one
+    """Redis answers, and calls cannot be counted in it as its URL is; the text is a sentence."""
+
+
+async def check_redis(url: str, timeout_seconds: float) -> None:
+    """Raise `RedisUnfit` where Redis answers and is a part of a cluster, or has no database of that number.
+
+    One that does not answer may be fit, and isn't waited for.
+    """
+    from redis.asyncio import Redis  # noqa: PLC0415
+    from redis.exceptions import RedisError, ResponseError  # noqa: PLC0415
+
+    pool = _make_pool(read_redis_url(url), timeout_seconds)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            found = await Redis(connection_pool=pool).info("cluster")
+    except ResponseError as error:
+        if "db index" in str(error).lower():
+            raise RedisUnfit("the server has no database of this number") from None
+        if "in cluster mode" in str(error).lower():  # where there is but the database 0
+            raise RedisUnfit(_NO_CLUSTER) from None
+    except (RedisError, OSError):
+        pass
+    else:
+        if found.get("cluster_enabled"):
+            raise RedisUnfit(_NO_CLUSTER)
+    finally:
+        await pool.aclose()
+
+
+def _is_of_a_cluster(error: Exception) -> bool:
+    from redis.exceptions import AskError, ClusterError  # noqa: PLC0415
+
+    return isinstance(error, (AskError, ClusterError))
 
 
 def _make_storage(pool: "BlockingConnectionPool") -> "RedisStorage":

@@ -22,6 +22,7 @@ from voicetx.contract import UPDATE_PATH
 from voicetx.settings import LogFormat, LogLevel, Settings
 from voicetx.store import open_store
 
+_REDIS_PATIENCE_SECONDS = 2.0  # at the start; one that is slower is taken for away
 _DEMO_NAME = "demo"
 _DEMO_TRANSACTIONS = 100
 
@@ -45,6 +46,13 @@ def serve(
 
 
 async def _prepare(settings: Settings) -> None:
+    if settings.redis_url is not None:
+        from voicetx.throttle import RedisUnfit, check_redis  # noqa: PLC0415 - as in _run
+
+        try:
+            await check_redis(settings.redis_url.get_secret_value(), _REDIS_PATIENCE_SECONDS)
+        except RedisUnfit as error:
+            raise CommandError(f"VOICETX_REDIS_URL: {error}.") from error
     store = open_store(settings)
     try:
         await migrations.prepare(store)
