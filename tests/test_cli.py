@@ -115,6 +115,22 @@ def test_config_tells_what_is_in_force_and_where_it_comes_from(tmp_path: Path, m
     assert "s3cret" not in json.dumps(found) + printed.stdout + printed.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (b"VOICETX_PORT=x\nVOICETX_BOGUS=1\n", ["VOICETX_BOGUS (.env) is not known.", "VOICETX_PORT: Input should be"]),
+        (b"VOICETX_HOST=\xff\n", ["A file that was read is not UTF-8. Is it .env, in this folder?"]),
+    ],
+    ids=["value", "encoding"],
+)
+def test_a_file_of_settings_that_will_not_do(text: bytes, sentences: list[str]) -> None:
+    """What is wrong with the file .env is said in a sentence each, what is unknown in it too."""
+    Path(".env").write_bytes(text)
+    complaints = fail("sqlite:///unused.db", "config").splitlines()
+    for complaint, sentence in zip(complaints, sentences, strict=True):
+        assert complaint.startswith(sentence)
+
+
 def test_the_program_says_which_release_it_is() -> None:
     """`--version` prints the version that pyproject.toml names."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -76,6 +76,8 @@ def main() -> None:
         complain(f"The database cannot be used: {error}. VOICETX_DATABASE_URL says where it is.")
     except ValueRefused as error:
         complain(f"The database refused this: {error}.")
+    except UnicodeDecodeError:
+        complain("A file that was read is not UTF-8. Is it .env, in this folder?")
     except OSError as error:
         complain(f"{error.filename or 'The system'}: {error.strerror or error}.")
     else:

@@ -18,6 +18,7 @@ from voicetx.cli.send import KEY_VARIABLE
 from voicetx.settings import Settings
 
 _PREFIX = "VOICETX_"
+_SETTINGS = [name.upper() for name in Settings.model_fields]
 _ENVIRONMENT = "environment"
 _FILE = ".env"
 _DEFAULT = "default"
@@ -35,6 +36,11 @@ def show_config(as_json: AsJson = False) -> None:
 
     Passwords are hidden. Names variables VOICETX_... that nobody knows.
     """
+    unknown = list(_find_unknown())
+    if not as_json:
+        for name, source in unknown:
+            meant = get_close_matches(name.removeprefix(_PREFIX), _SETTINGS, n=1)
+            complain(f"{name} ({source}) is not known" + (f"; is {_PREFIX}{meant[0]} meant?" if meant else "."))
     settings = Settings()
     given = [(_ENVIRONMENT, EnvSettingsSource(Settings)()), (_FILE, DotEnvSettingsSource(Settings)())]
     rows = [
@@ -45,24 +51,21 @@ def show_config(as_json: AsJson = False) -> None:
         }
         for name in Settings.model_fields
     ]
-    unknown = list(_find_unknown({row["setting"] for row in rows}))
     if as_json:
         print_json({"settings": rows, "unknown": [stranger._asdict() for stranger in unknown]})
-        return
-    print_table(("setting", "value", "source"), rows)
-    for name, source in unknown:
-        meant = get_close_matches(name, [row["setting"] for row in rows], n=1)
-        complain(f"{name} ({source}) is not known" + (f"; is {meant[0]} meant?" if meant else "."))
+    else:
+        print_table(("setting", "value", "source"), rows)
 
 
-def _find_unknown(names: set[str]) -> Iterator[_Unknown]:
+def _find_unknown() -> Iterator[_Unknown]:
+    known = {KEY_VARIABLE, *(_PREFIX + name for name in _SETTINGS)}
     # However they are written: settings are read so, too.
     for source, variables in (
         (_ENVIRONMENT, dict(os.environ)),
         (_FILE, DotEnvSettingsSource(Settings).env_vars),
     ):
         for name in sorted(map(str.upper, variables)):
-            if name.startswith(_PREFIX) and name not in names | {KEY_VARIABLE}:
+            if name.startswith(_PREFIX) and name not in known:
                 yield _Unknown(name, source)
 
 
