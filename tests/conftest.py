@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -40,6 +41,12 @@ hypothesis.settings.load_profile("voicetx")
 
 for _name in filter(is_foreign, list(os.environ)):
     del os.environ[_name]
+
+# Whoever starts the tests behind something else, as `nohup make test &` does, ignores these, and so would every program
+# that tests start: it is the terminal's Ctrl-C that such tests are about.
+for _number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 # Each client of httpx reads the machine's certificates, which takes longer than its requests; here are none to read.
 os.environ.pop("SSL_CERT_FILE", None)

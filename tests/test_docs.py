@@ -200,3 +200,13 @@ def test_what_the_code_cites_exists() -> None:
     contract = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
     headings = set(re.findall(r"^## (\d)\. ", contract, re.MULTILINE))
     assert {"3", "5"} <= sections <= headings
+
+
+def test_every_event_of_the_log_is_described() -> None:
+    """docs/operations.md names every event that the code logs."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES.rglob("*.py"))
+    logged = re.findall(r"""(?:log|get_logger\(__name__\))\.(?:info|warning|error|exception)\(\s*f?"([^"]*)\"""", code)
+    events = {*logged, *re.findall(r'"event": "([^"]*)"', code)}
+    assert events >= {"request.failed", "duty.failed", "service.starting"}
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert not [event for event in sorted(events) if f"`{event}`" not in text]

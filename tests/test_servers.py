@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -329,3 +331,16 @@ def test_a_log_with_a_secret_fails_its_test(tmp_path: Path, secret: str) -> None
     with pytest.raises(AssertionError, match="what nobody may read"), service, service._log.open("a") as log:
         log.write(f'{{"event": "oops", "x": "{secret}"}}\n')
     assert not service._folder.exists()
+
+
+def test_a_program_hears_ctrl_c_however_the_tests_were_started() -> None:
+    """Where whoever starts the tests ignores SIGINT, as `nohup make test &` does, what tests start does not."""
+    look = "import conftest, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    say = "import signal; print(*(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGQUIT)))"
+    shell = "trap '' INT QUIT; exec \"$@\""
+    said = subprocess.run(
+        ["sh", "-c", shell, "sh", sys.executable, "-c", look, say],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.split()[:1] == ["<built-in"]
+    assert said.stdout.rstrip().endswith(str(signal.SIG_DFL))
