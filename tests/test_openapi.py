@@ -1,17 +1,25 @@
 """The OpenAPI document and its pages: complete, valid, in agreement with the code, and at home without a network."""
 
+import json
 import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from bodies import TROMBONE, encode, make_body
+from voicetx.api.bulk import BULK_PATH
 from voicetx.app import create_app
 from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, WIRE_NAMES, UpdateBody, parse
 from voicetx.errors import Refusal, Rejected
 from voicetx.settings import Settings
+
+SPECTRAL = Path(__file__).parents[1] / ".tools" / "node_modules" / ".bin" / "spectral"
 
 pytestmark = pytest.mark.anyio
 
@@ -33,6 +41,91 @@ def test_the_document_is_valid(document: dict[str, Any]) -> None:
     validate(document)
     ids = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
     assert len(ids) == len(set(ids))
+
+
+def test_a_linter_finds_nothing(document: dict[str, Any], tmp_path: Path) -> None:
+    """Spectral's rules for OpenAPI documents, examples against their schemas among them, are kept."""
+    assert SPECTRAL.exists(), "spectral is missing: `make test` installs it"
+    file = tmp_path / "openapi.json"
+    file.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    ruleset = Path(__file__).with_name("openapi-rules.yaml")
+    command = [SPECTRAL, "lint", "--ruleset", ruleset, "--fail-severity", "hint", "--format", "text", file]
+    linted = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+def find_examples(part: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield every example that a part of a document gives, with its place and its schema."""
+    if isinstance(part, list):
+        for number, inner in enumerate(part):
+            yield from find_examples(inner, f"{place}/{number}")
+    if not isinstance(part, dict):
+        return
+    schema = part.get("schema", part)  # a media type's or a parameter's; or a schema's own
+    if "example" in part and not place.endswith("/properties"):
+        yield f"{place}/example", part["example"], schema
+    examples = part.get("examples", ()) if not place.endswith("/properties") else ()
+    if isinstance(examples, dict):
+        yield from ((f"{place}/examples/{name}", one["value"], schema) for name, one in examples.items())
+    else:
+        yield from ((f"{place}/examples/{number}", one, schema) for number, one in enumerate(examples))
+    for name, inner in part.items():
+        if name not in {"example", "examples"} or place.endswith("/properties"):
+            yield from find_examples(inner, f"{place}/{name}")
+
+
+def test_every_example_keeps_its_schema(document: dict[str, Any]) -> None:
+    """Whatever the document gives as an example, of a body, a parameter or a field, its own schema takes."""
+    found = list(find_examples(document))
+    places = [place for place, _, _ in found]
+    assert any("/requestBody/" in place for place in places)
+    assert any("/responses/" in place for place in places)
+    assert any("/parameters/" in place for place in places)
+    assert any("/components/schemas/UpdateBody/" in place for place in places)
+    wrong = {
+        place: error.message
+        for place, example, schema in found
+        for error in Draft202012Validator(schema | {"components": document["components"]}).iter_errors(example)
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("source", ["1", "2", "3"])
+def test_a_body_is_of_one_kind(document: dict[str, Any], source: str) -> None:
+    """Of the two kinds of body an update is exactly one, and call-source says which, to generated clients too."""
+    schema = operations_of(document, UPDATE_PATH)["put"]["requestBody"]["content"]["application/json"]["schema"]
+    body = make_body(**(TROMBONE if source == "3" else {"call_source": source}))
+    assert parse(encode(body))
+    kinds = [
+        kind["$ref"]
+        for kind in schema["oneOf"]
+        if Draft202012Validator(kind | {"components": document["components"]}).is_valid(body)
+    ]
+    assert kinds == [schema["discriminator"]["mapping"][source]]
+    assert schema["discriminator"]["propertyName"] == "call-source"
+
+
+def test_integrators_are_told_what_generated_clients_get_wrong(document: dict[str, Any]) -> None:
+    """The document says where a service is, what a failure is told by, and that 499 is no registered status."""
+    assert document["servers"][0]["url"] == "/"
+    assert document["servers"][1]["variables"]["address"]["default"]
+    for word in ("x-voicetx-code", "499", "code"):
+        assert f"`{word}`" in document["info"]["description"]
+    for operation in operations_of(document, UPDATE_PATH).values():
+        assert "not a registered HTTP status" in operation["responses"]["499"]["description"]
+
+
+def test_the_header_of_refusals_is_documented(document: dict[str, Any]) -> None:
+    """Each answer that may be a refusal has the header with its code; 401 and 415 name what they carry."""
+    with_200 = {UPDATE_PATH, BULK_PATH}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                headers = {name.lower() for name in response.get("headers", {})}
+                may_refuse = status not in {"200", "201", "503"} or (status == "200" and path in with_200)
+                assert ("x-voicetx-code" in headers) is may_refuse, (path, status)
+                assert status != "401" or "www-authenticate" in headers, path
+                assert status != "415" or "accept-encoding" in headers, path
 
 
 @pytest.mark.parametrize("method", UPDATE_METHODS)

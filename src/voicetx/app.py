@@ -35,7 +35,7 @@ from voicetx.api.answers import (
 )
 from voicetx.api.endpoints import RawPath
 from voicetx.api.heads import KnownHeads
-from voicetx.api.openapi import complete_openapi
+from voicetx.api.openapi import DESCRIPTION, SERVERS, TAGS, complete_openapi
 from voicetx.api.pages import PageGuard
 from voicetx.api.short_way import ShortWay
 from voicetx.contract import UPDATE_PATH
@@ -75,7 +75,10 @@ def create_app(settings: Settings) -> FastAPI:
     app: FastAPI = FastAPIOffline(
         title="voicetx",
         summary="Campaign dialers report the outcome of every call here.",
+        description=DESCRIPTION,
         version=__version__,
+        servers=SERVERS,
+        openapi_tags=TAGS,
         lifespan=run_services,
         redirect_slashes=False,
     )

@@ -67,11 +67,18 @@ def answer_refusal(rejected: Rejected) -> Answer:
     headers = _JSON
     if refusal.status == 401:  # noqa: PLR2004 - RFC 9110 15.5.2 wants a challenge with it
         headers += ((b"www-authenticate", _render_challenge(rejected.challenge)),)
-    if refusal is Refusal.ENCODING_NOT_SUPPORTED:
+    headers += say_what_helps(rejected)
+    return Answer(refusal.status, refusal.code, render_refusal(refusal, rejected.faults), headers)
+
+
+def say_what_helps(rejected: Rejected) -> Headers:
+    """Return the headers that say how to be answered otherwise: when to come back, or how a body has to come."""
+    headers: Headers = ()
+    if rejected.refusal is Refusal.ENCODING_NOT_SUPPORTED:
         headers += ((b"accept-encoding", b"identity"),)  # RFC 9110, section 15.5.16
     if rejected.retry_after_seconds is not None:
         headers += ((b"retry-after", b"%d" % rejected.retry_after_seconds),)
-    return Answer(refusal.status, refusal.code, render_refusal(refusal, rejected.faults), headers)
+    return headers
 
 
 def _render_challenge(challenge: Challenge | None) -> bytes:

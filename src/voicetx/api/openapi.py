@@ -19,6 +19,77 @@ from voicetx.errors import Fault, Refusal
 
 _REFERENCE = "#/components/schemas/{model}"
 
+DESCRIPTION = """Dialers send updates; programs of the platform make deployments and ask what became of calls.
+
+**Tell a failure from a success by its keys, not by the HTTP status**: a failure is `{"code": ..., "description": ...}`,
+and code 1010 comes with status 200. The header `x-voicetx-code` has the code of every refusal too, for programs that
+look at no body, and no success has it.
+
+**Status `499` is not a registered HTTP status** (430, 498, 1001 and 1002 are values of `code` only). Generated
+clients and libraries that put statuses into an enumeration fail to read such an answer (`http.HTTPStatus(499)` in Python):
+have them compare numbers, or take every status from 400 to 499 as a refusal.
+
+A retry of an update is always safe. What goes over the wire in full: docs/contract.md.
+"""
+"""What integrators read first."""
+
+SERVERS: list[dict[str, Any]] = [
+    {"url": "/", "description": "The service that this document came from."},
+    {
+        "url": "http://{address}",
+        "description": "A service that is named, for clients made of a copy of this document.",
+        "variables": {"address": {"default": "127.0.0.1:8000", "description": "The host, and its port if it has one."}},
+    },
+]
+
+TAGS: list[dict[str, Any]] = [
+    {"name": "Updates", "description": "Dialers report what became of calls, and ask what is held."},
+    {"name": "Deployments", "description": "The platform makes deployments, registers transactions and counts."},
+    {"name": "Transactions", "description": "What became of calls, one by one, in pages or as a file."},
+    {"name": "API users", "description": "What those who call have done."},
+    {"name": "Access tokens", "description": "Short-lived credentials (OAuth 2, client credentials)."},
+    {"name": "Operations", "description": "Whether the service lives and is ready, and what it has been doing."},
+]
+
+CODE_HEADER: dict[str, Any] = {
+    "x-voicetx-code": {
+        "description": "the code of the refusal; a success has no such header",
+        "schema": {"type": "integer"},
+        "example": 1010,
+    }
+}
+"""The header of every refusal."""
+
+ENCODING_HEADER: dict[str, Any] = {
+    "Accept-Encoding": {
+        "description": "a body is taken as it is",
+        "schema": {"type": "string"},
+        "example": "identity",
+    }
+}
+"""The header of a refusal because of a content-encoding."""
+
+_CHALLENGE_HEADER: dict[str, Any] = {
+    "WWW-Authenticate": {
+        "description": "which mistake it was (RFC 6750, section 3)",
+        "schema": {"type": "string"},
+        "example": 'Bearer realm="voicetx", error="invalid_token", error_description="The access token has expired."',
+    }
+}
+
+_RETRY_HEADER: dict[str, Any] = {
+    "Retry-After": {"description": "whole seconds to wait", "schema": {"type": "integer", "minimum": 1}}
+}
+
+_HEADERS: Mapping[Refusal, dict[str, Any]] = {
+    Refusal.NOT_GRANTED: _CHALLENGE_HEADER,
+    Refusal.NOT_SIGNED_IN: _CHALLENGE_HEADER,
+    Refusal.METHOD_NOT_SUPPORTED: {"Allow": {"description": "the methods supported", "schema": {"type": "string"}}},
+    Refusal.ENCODING_NOT_SUPPORTED: ENCODING_HEADER,
+    Refusal.THROTTLED: _RETRY_HEADER,
+    Refusal.INTERNAL: _RETRY_HEADER,
+}
+
 
 class Recorded(BaseModel):
     """The update is durably committed; a repeat of it answers the same."""
@@ -29,7 +100,7 @@ class Recorded(BaseModel):
 class FieldFault(BaseModel):
     """What is wrong with one field; a value is never echoed."""
 
-    field: str
+    field: str = Field(description="its name; empty where the body as a whole is at fault")
     reason: str
 
 
@@ -86,6 +157,7 @@ _WHEN: dict[Refusal, str] = {
 }
 _FAULTS: dict[Refusal, tuple[Fault, ...]] = {
     Refusal.BAD_VALUE: (Fault("voice-recorded", "must be Yes or No"),),
+    Refusal.INVALID_JSON: (Fault("", "must be JSON: trailing comma at line 1, column 17"),),
     Refusal.FIELD_MISSING: (Fault("trombone-starttime", "is mandatory when call-source is 3"),),
 }
 
@@ -101,20 +173,17 @@ def describe_answers(
     for refusal in refusals:
         response = responses.setdefault(
             refusal.status,
-            {"model": Refused, "description": "", "content": {"application/json": {"examples": {}}}},
+            {"model": Refused, "description": "", "headers": {}, "content": {"application/json": {"examples": {}}}},
         )
         line = f"{refusal.code}: {when.get(refusal, _WHEN[refusal])}"
+        if refusal is Refusal.BAD_VALUE:
+            line += ". 499 is not a registered HTTP status: compare numbers"
         response["description"] = "; ".join(filter(None, [response["description"], line]))
         response["content"]["application/json"]["examples"][str(refusal.code)] = {
             "summary": refusal.description,
             "value": orjson.loads(render_refusal(refusal, _FAULTS.get(refusal, ()))),
         }
-        if refusal in {Refusal.THROTTLED, Refusal.INTERNAL}:
-            response["headers"] = {
-                "Retry-After": {"description": "whole seconds to wait", "schema": {"type": "integer", "minimum": 1}}
-            }
-        if refusal is Refusal.METHOD_NOT_SUPPORTED:
-            response["headers"] = {"Allow": {"description": "the methods supported", "schema": {"type": "string"}}}
+        response["headers"] |= CODE_HEADER | _HEADERS.get(refusal, {})
     return responses
 
 
@@ -150,6 +219,13 @@ def describe_bulk_answers() -> dict[int | str, dict[str, Any]]:
     ]
     responses[200] = {
         "description": "the contract's answer to each line, in order, with its line number; blank lines have none",
+        "headers": {
+            "x-voicetx-code": {
+                "description": "the codes of the lines that were refused, each once; none where all were taken",
+                "schema": {"type": "array", "items": {"type": "integer"}},
+                "example": [1001, 1010],
+            }
+        },
         "content": {"application/x-ndjson": {"example": b"\n".join(map(orjson.dumps, lines)).decode()}},
     }
     return responses
@@ -179,6 +255,10 @@ def _example(model: type[UpdateBody]) -> Any:
     return model.model_json_schema()["example"]
 
 
+def _refer(model: type[UpdateBody]) -> str:
+    return _REFERENCE.format(model=model.__name__)
+
+
 UPDATE_REQUEST: dict[str, Any] = {
     "security": [{"bearer": []}],
     "requestBody": {
@@ -186,7 +266,11 @@ UPDATE_REQUEST: dict[str, Any] = {
         "content": {
             "application/json": {
                 "schema": {
-                    "oneOf": [{"$ref": _REFERENCE.format(model=model.__name__)} for model in (UpdateBody, TromboneBody)]
+                    "oneOf": [{"$ref": _refer(model)} for model in (UpdateBody, TromboneBody)],
+                    "discriminator": {
+                        "propertyName": "call-source",
+                        "mapping": {"1": _refer(UpdateBody), "2": _refer(UpdateBody), "3": _refer(TromboneBody)},
+                    },
                 },
                 "examples": {
                     "finished": {"summary": "A finished call", "value": _example(UpdateBody)},

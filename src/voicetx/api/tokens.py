@@ -7,6 +7,7 @@ are the RFC's object (section 5.2) with the HTTP statuses of the contract's tabl
 import base64
 import binascii
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
 import orjson
@@ -14,8 +15,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope
 
-from voicetx.api.answers import Answer, ClientGone, Headers, note_for_log, to_rejected, to_response
+from voicetx.api.answers import Answer, ClientGone, Headers, note_for_log, say_what_helps, to_rejected, to_response
 from voicetx.api.bodies import read_body
+from voicetx.api.openapi import CODE_HEADER, ENCODING_HEADER
 from voicetx.api.updates import client_address, find_authorization
 from voicetx.auth import Token
 from voicetx.errors import Refusal, Rejected
@@ -31,6 +33,13 @@ _HEADERS: Headers = (
     (b"cache-control", b"no-store"),
     (b"pragma", b"no-cache"),
 )
+_CHALLENGE_HEADER = {
+    "WWW-Authenticate": {
+        "description": "where an authorization header was sent: Basic is the scheme (RFC 6749, section 5.2)",
+        "schema": {"type": "string"},
+        "example": 'Basic realm="voicetx"',
+    }
+}
 _CODES: dict[Refusal, str] = {
     Refusal.NOT_SIGNED_IN: "invalid_client",
     Refusal.INTERNAL: "server_error",
@@ -72,22 +81,33 @@ class TokenError(BaseModel):
 router = APIRouter(tags=["Access tokens"])
 
 
+def _describe_error(description: str) -> dict[str, Any]:
+    return {"model": TokenError, "description": description, "headers": CODE_HEADER}
+
+
 @router.post(
     TOKEN_PATH,
     operation_id="create_access_token",
     summary="Get an access token",
     response_model=TokenAnswer,
     responses={
-        401: {"model": TokenError, "description": "invalid_client: the key id and secret key are not a valid pair"},
-        413: {"model": TokenError, "description": "invalid_request: the body is too large"},
-        415: {"model": TokenError, "description": "invalid_request: the body has a content-encoding"},
-        429: {"model": TokenError, "description": "temporarily_unavailable: too many calls; see Retry-After"},
-        499: {"model": TokenError, "description": "unsupported_grant_type or invalid_request: a value breaks a rule"},
-        500: {
+        401: {
             "model": TokenError,
-            "description": "invalid_request: not JSON or form, or a field is missing; server_error: an unexpected"
-            " fault, or the store is away",
+            "description": "invalid_client: the key id and secret key are not a valid pair",
+            "headers": CODE_HEADER | _CHALLENGE_HEADER,
         },
+        413: _describe_error("invalid_request: the body is too large"),
+        415: {
+            "model": TokenError,
+            "description": "invalid_request: the body has a content-encoding",
+            "headers": CODE_HEADER | ENCODING_HEADER,
+        },
+        429: _describe_error("temporarily_unavailable: too many calls; see Retry-After"),
+        499: _describe_error("unsupported_grant_type or invalid_request: a value breaks a rule"),
+        500: _describe_error(
+            "invalid_request: not JSON or form, or a field is missing; server_error: an unexpected fault, or the store"
+            " is away"
+        ),
     },
     openapi_extra={
         "security": [{"key": []}, {}],
@@ -182,11 +202,8 @@ def _answer_refusal(rejected: Rejected, authorization: bytes | None) -> Answer:
     headers = _HEADERS
     if refusal is Refusal.NOT_SIGNED_IN and authorization is not None:
         headers += ((b"www-authenticate", b'Basic realm="voicetx"'),)  # RFC 6749, section 5.2: the scheme used
-    if rejected.retry_after_seconds is not None:
-        headers += ((b"retry-after", b"%d" % rejected.retry_after_seconds),)
-    return Answer(
-        refusal.status, refusal.code, orjson.dumps({"error": error, "error_description": description}), headers
-    )
+    body = orjson.dumps({"error": error, "error_description": description})
+    return Answer(refusal.status, refusal.code, body, headers + say_what_helps(rejected))
 
 
 def _parse_fields(body: bytes) -> dict[str, str]:
