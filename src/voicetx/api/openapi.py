@@ -26,7 +26,7 @@ and code 1010 comes with status 200. The header `x-voicetx-code` has the code of
 look at no body, and no success has it.
 
 **Status `499` is not a registered HTTP status** (430, 498, 1001 and 1002 are values of `code` only). Generated
-clients and libraries that put statuses into an enumeration fail to read such an answer (`http.HTTPStatus(499)` in Python):
+clients and libraries that put statuses into an enumeration fail at such an answer (`http.HTTPStatus(499)` in Python):
 have them compare numbers, or take every status from 400 to 499 as a refusal.
 
 A retry of an update is always safe. What goes over the wire in full: docs/contract.md.
