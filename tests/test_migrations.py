@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -10,12 +13,13 @@ import pytest
 from alembic.script import ScriptDirectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, LargeBinary, Uuid, insert, select, text
+from sqlalchemy import Connection, LargeBinary, Uuid, insert, inspect, select, text
 
 from bodies import encode, make_body, updates_of
-from servers import PostgreSQL
+from servers import PostgreSQL, run_command
 from test_tallies import count_plainly, read_tallies
 from voicetx import folding, migrations, retention, tallies
+from voicetx.api import operations
 from voicetx.auth import Authenticator
 from voicetx.contract import parse, restore
 from voicetx.merge import Transaction, fold
@@ -24,7 +28,7 @@ from voicetx.recording import Outcome, commit_batch
 from voicetx.reports import report_transaction
 from voicetx.schema import FIELD_NAMES, metadata
 from voicetx.settings import Settings
-from voicetx.store import Received, Store, look_up
+from voicetx.store import DatabaseUnfit, Received, Store, look_up
 from voicetx.throttle import Throttle
 
 pytestmark = pytest.mark.anyio
@@ -86,16 +90,75 @@ async def test_several_processes_may_upgrade_at_once(empty_url: str) -> None:
 
 
 async def test_what_is_not_this_releases_schema_is_refused(empty_url: str) -> None:
-    """An empty database and one of another version are refused, with what to do."""
+    """An empty database and one of an older version are refused, with what to do."""
     store = Store(empty_url)
     with pytest.raises(SchemaOutdated, match="Run: voicetx db upgrade"):
         await migrations.check(store)
     await migrations.upgrade(store)
     await migrations.check(store)
-    await store.write(lambda connection: connection.execute(text("update alembic_version set version_num = '0000'")))
-    with pytest.raises(SchemaOutdated, match="is at schema 0000"):
+    await store.write(lambda connection: connection.execute(text("update alembic_version set version_num = '0001'")))
+    with pytest.raises(SchemaOutdated, match="is at schema 0001"):
         await migrations.check(store)
     await store.close()
+
+
+@pytest.mark.parametrize("version", ["1975ea83b712", "0001", "0999"], ids=["a hash", "a number of ours", "a number"])
+async def test_the_tables_of_another_application_are_left_alone(empty_url: str, version: str) -> None:
+    """Another application's migrations are told from ours, whatever it calls them; its database is refused."""
+
+    def fill(connection: Connection) -> None:
+        connection.execute(text("create table alembic_version (version_num varchar(32) not null)"))
+        connection.execute(text(f"insert into alembic_version values ('{version}')"))
+
+    store = Store(empty_url)
+    await store.write(fill)
+    for attempt in (migrations.check, migrations.prepare, migrations.upgrade):
+        with pytest.raises(DatabaseUnfit, match=r"another application.* VOICETX_DATABASE_URL"):
+            await attempt(store)
+    assert await store.read(lambda connection: inspect(connection).get_table_names()) == ["alembic_version"]
+    await store.close()
+
+
+async def test_a_table_of_the_same_name_is_left_alone(empty_url: str) -> None:
+    """Where a table has the name of one of ours and no migration made it, the upgrade says so and makes nothing."""
+    store = Store(empty_url)
+    await store.write(lambda connection: connection.execute(text("create table deployment (id integer)")))
+    with pytest.raises(DatabaseUnfit, match="a table deployment that voicetx did not make"):
+        await migrations.upgrade(store)
+    assert await store.read(lambda connection: inspect(connection).get_table_names()) == ["deployment"]
+    await store.close()
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_hold_any_text_is_refused(postgresql: PostgreSQL, encoding: str) -> None:
+    """A database of another encoding than UTF-8 is refused by every command, and is not ready."""
+    name = f"encoding-{encoding}-{uuid4().hex}"
+    postgresql.execute(f"create database \"{name}\" encoding '{encoding}' template template0")
+
+    async def run() -> None:
+        store = Store(postgresql.url(name))
+        for attempt in (migrations.upgrade, migrations.check, migrations.prepare):
+            with pytest.raises(DatabaseUnfit, match=f"{encoding}.* UTF8"):
+                await attempt(store)
+        assert await operations.describe_database(store) == "unfit"
+        await store.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("command", [("user", "list"), ("db", "upgrade"), ("db", "check"), ("serve", "--port", "0")])
+def test_commands_say_in_a_sentence_that_a_database_is_newer(
+    sqlite_template: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Before a database of a newer release every command, and `serve`, ends with a sentence that says what to do."""
+    path = tmp_path / "newer.db"
+    shutil.copyfile(sqlite_template, path)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("update alembic_version set version_num = '0999'")
+    done = run_command(f"sqlite:///{path}", *command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("The database is at schema 0999, which is of a newer release")
+    assert done.stderr.count("\n") == 1
 
 
 async def test_only_an_embedded_database_is_upgraded_unasked(empty_url: str) -> None:

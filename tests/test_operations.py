@@ -1,8 +1,14 @@
 """What operators see: health, readiness, one log line a request, and nothing in it that nobody may read."""
 
+import asyncio
 import json
+import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -12,9 +18,11 @@ from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import PostgreSQL, Service, find_free_port, wait_until
 from voicetx import __version__
+from voicetx.api.operations import describe_database
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract import UPDATE_PATH
 from voicetx.migrations import HEAD
+from voicetx.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +144,7 @@ def test_an_unforeseen_fault_is_an_answer_and_a_line_without_its_text(
 
 
 def test_health_and_readiness(service: Service, module_database_url: str) -> None:
-    """A live process is healthy; it is ready while its database is at the right schema, and says what is wrong else."""
+    """A live process is healthy; it is ready while its database is at its schema, and says what is wrong else."""
 
     def set_version(version: str) -> None:
         run_on(module_database_url, lambda c: c.execute(text(f"update alembic_version set version_num = '{version}'")))
@@ -145,13 +153,85 @@ def test_health_and_readiness(service: Service, module_database_url: str) -> Non
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
     ready = httpx.get(f"{service.base_url}/readyz")
     assert ready.json() == {"status": "ready", "database": "ready", "committer": "running"}
-    set_version("x")
     try:
-        ready = httpx.get(f"{service.base_url}/readyz")
-        assert (ready.status_code, ready.json()["database"]) == (503, "schema outdated")
+        for version, state in (("0001", "schema outdated"), ("0999", "unfit")):
+            set_version(version)
+            ready = httpx.get(f"{service.base_url}/readyz")
+            assert (ready.status_code, ready.json()["database"]) == (503, state)
         assert httpx.get(f"{service.base_url}/healthz").status_code == 200
     finally:
         set_version(HEAD)
+
+
+def test_ready_is_where_an_update_could_be_written(postgresql: PostgreSQL) -> None:
+    """While a server lets nothing be written, updates are 500 and readiness is red; both recover by themselves."""
+    name = f"read-only-{uuid4().hex}"
+    url = postgresql.create_database(name, template="template")
+    _, key = make_user(url)
+    register(url, ["tx-1"])
+
+    def set_up(clause: str) -> None:
+        postgresql.execute(f'alter database "{name}" {clause}')
+        # A setting of a database holds for new sessions; managed ones set it for all.
+        postgresql.execute(f"select pg_terminate_backend(pid, 60000) from pg_stat_activity where datname = '{name}'")
+
+    with Service(url) as service, httpx.Client(base_url=service.base_url) as client:
+
+        def ask() -> tuple[int, int, str]:
+            # A repeat would need nothing to be written.
+            content, headers = encode(make_body("tx-1", message=uuid4().hex)), {"authorization": f"Bearer {key}"}
+            answer, ready = client.put(UPDATE_PATH, content=content, headers=headers), client.get("/readyz")
+            return answer.status_code, ready.status_code, ready.json()["database"]
+
+        assert ask() == (200, 200, "ready")
+        set_up("set default_transaction_read_only = on")
+        assert ask() == (500, 503, "not writable")
+        set_up("reset default_transaction_read_only")
+        wait_until(lambda: ask() == (200, 200, "ready"), "Updates did not recover")
+
+
+def test_who_may_not_write_is_not_ready(postgresql: PostgreSQL) -> None:
+    """A role that may read everything and write nothing is not ready, and the check writes nothing."""
+    name, role = f"rights-{uuid4().hex}", f"reader-{uuid4().hex}"
+    postgresql.create_database(name, template="template")
+    postgresql.execute(f'create role "{role}" login')
+    postgresql.execute(f'grant select on all tables in schema public to "{role}"', name)
+
+    async def describe(url: str) -> str:
+        store = Store(url)
+        try:
+            return await describe_database(store)
+        finally:
+            await store.close()
+
+    assert asyncio.run(describe(postgresql.url(name))) == "ready"
+    assert asyncio.run(describe(postgresql.url(name).replace("postgres@", f"{role}@"))) == "not writable"
+    assert postgresql.fetch_value("select count(*) from tally_change", name) == 0
+
+
+def test_a_file_without_room_is_not_ready(
+    sqlite_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk has no room for another batch a file is not ready, and where it is locked for a moment it is."""
+    path = tmp_path / "voicetx.db"
+    shutil.copyfile(sqlite_template, path)
+
+    async def run() -> None:
+        store = Store(f"sqlite:///{path}", timeout_seconds=60)
+        try:
+            assert await describe_database(store) == "ready"
+            with closing(sqlite3.connect(path)) as other:
+                other.execute("begin immediate")
+                asking = asyncio.create_task(describe_database(store))
+                await asyncio.wait([asking], timeout=0.1)
+                other.rollback()
+                assert await asking == "ready"
+            monkeypatch.setattr("voicetx.store._ROOM_BYTES", 1 << 62)
+            assert await describe_database(store) == "not writable"
+        finally:
+            await store.close()
+
+    asyncio.run(run())
 
 
 def test_a_database_that_goes_away_and_comes_back() -> None:

@@ -4,13 +4,14 @@ An embedded database is upgraded by the program itself when it starts; a server 
 since other processes may be using it. The steps are in `alembic/versions`: one tree for both databases.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, Inspector, inspect, text
 
-from voicetx.schema import metadata
-from voicetx.store import DatabaseMissing, Store
+from voicetx.schema import metadata, voice_transaction
+from voicetx.store import DatabaseMissing, DatabaseUnfit, Store
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 HEAD = "0006"
 """The newest version in `alembic/versions`; a test compares the two. Known without importing alembic, which is slow."""
 
+_FIRST = "0001"
+_ELSEWHERE = "Give voicetx a database of its own, and name it in VOICETX_DATABASE_URL"
+
 _LOCK = 0x766F696365  # "voice": two upgrades of one server database wait for each other
 
 
 class SchemaOutdated(Exception):  # noqa: N818 - a state of the database, named as one
-    """The database is not at this release's schema; the text says what to do."""
+    """The database is at no schema yet or an older one, and can be upgraded; the text says how."""
 
 
 def find_scripts() -> Path:
@@ -45,7 +49,7 @@ async def upgrade(store: Store) -> None:
     """Bring the database to this release's schema, in one transaction; does nothing where it is there already.
 
     A database file that is not there is made. Several processes may call it at once: one does it and the others find it
-    done.
+    done. Raises `DatabaseUnfit` where it is a database that is not ours to change.
     """
 
     def work(connection: Connection) -> None:
@@ -53,6 +57,8 @@ async def upgrade(store: Store) -> None:
 
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+        with suppress(SchemaOutdated):
+            check_revision(connection)
         command.upgrade(configure(connection), "head")
 
     await store.make()
@@ -60,20 +66,53 @@ async def upgrade(store: Store) -> None:
 
 
 async def check(store: Store) -> None:
-    """Raise `SchemaOutdated`, with a sentence that says what to do, unless the schema is this release's."""
+    """Raise `SchemaOutdated` or `DatabaseUnfit`, each with what to do, unless the schema is this release's."""
     await store.read(check_revision)
 
 
 def check_revision(connection: Connection) -> None:
-    """Raise `SchemaOutdated` unless the database is at this release's revision; two cheap queries."""
-    if not inspect(connection).has_table("alembic_version"):
+    """Raise `SchemaOutdated` or `DatabaseUnfit` unless the database is at this release's revision; cheap queries."""
+    _check_encoding(connection)
+    tables = inspect(connection)
+    if not tables.has_table("alembic_version"):
+        _refuse_foreign(tables)
         raise SchemaOutdated("The database holds no voicetx tables yet. Run: voicetx db upgrade")
     found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    if found != HEAD:
-        raise SchemaOutdated(
-            f"The database is at schema {found} and this release needs {HEAD}. Run: voicetx db upgrade"
-            " (with the newest release of voicetx that uses this database)"
+    if found == HEAD:
+        return
+    if found is None:
+        _refuse_foreign(tables)
+        raise SchemaOutdated("The database holds no voicetx tables any more. Run: voicetx db upgrade")
+    if not tables.has_table(voice_transaction.name):
+        raise DatabaseUnfit(
+            f"The database holds the tables of another application, at its version {found}. {_ELSEWHERE}"
         )
+    if not _FIRST <= found < HEAD:
+        raise DatabaseUnfit(
+            f"The database is at schema {found}, which is of a newer release than this one (schema {HEAD})."
+            " Install the newest release of voicetx that has used this database"
+        )
+    raise SchemaOutdated(
+        f"The database is at schema {found} and this release needs {HEAD}. Run: voicetx db upgrade"
+        " (with the newest release of voicetx that uses this database)"
+    )
+
+
+def _check_encoding(connection: Connection) -> None:
+    if connection.dialect.name != "postgresql":
+        return
+    encoding = connection.execute(text("SELECT current_setting('server_encoding')")).scalar()
+    if encoding != "UTF8":
+        raise DatabaseUnfit(
+            f"The database's encoding is {encoding}, in which some of what dialers send cannot be kept. Make one of"
+            " encoding UTF8 (createdb --encoding=UTF8 --template=template0), and name it in VOICETX_DATABASE_URL"
+        )
+
+
+def _refuse_foreign(tables: Inspector) -> None:
+    """Raise `DatabaseUnfit` where a table that the migrations would make is there already."""
+    if taken := sorted(metadata.tables.keys() & {*tables.get_table_names()}):
+        raise DatabaseUnfit(f"The database holds a table {taken[0]} that voicetx did not make. {_ELSEWHERE}")
 
 
 async def find_differences(store: Store) -> list[str]:
@@ -90,7 +129,10 @@ async def find_differences(store: Store) -> list[str]:
 
 
 async def prepare(store: Store) -> None:
-    """Make the database ready to serve: make or upgrade a file; raise `SchemaOutdated` for an old server database."""
+    """Make the database ready to serve: make or upgrade a file; raise `SchemaOutdated` for an old server database.
+
+    Raises `DatabaseUnfit` for what no upgrade makes ready.
+    """
     try:
         await check(store)
     except (SchemaOutdated, DatabaseMissing):

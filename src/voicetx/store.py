@@ -7,6 +7,7 @@ wins: that is `voicetx.merge`.
 """
 
 import asyncio
+import errno
 import os
 import random
 import sqlite3
@@ -73,6 +74,7 @@ _PAUSE_SECONDS = 0.05  # at most, before work is run again
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock: run again
 _REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a trigger of somebody's
 _REFUSED_BY_SQLITE = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
+_ROOM_BYTES = 1 << 20  # for another batch in a file's log
 _READ_ONLY = "25006"
 _AUTOCOMMIT = "AUTOCOMMIT"
 _AWAY = (
@@ -99,7 +101,7 @@ class StoreUnavailable(Exception):  # noqa: N818 - a state of the world, named a
 
 
 class DatabaseUnfit(StoreUnavailable):
-    """The database, or what is in between, won't do as it is set up; the text is a sentence and says what to do."""
+    """The database, or what is in between, won't do as it is; the text is a sentence and says what to do."""
 
 
 class DatabaseMissing(DatabaseUnfit):
@@ -197,6 +199,14 @@ class Store:
         """
         return await self._run("read", self._database.read, work)
 
+    async def check_writable(self) -> None:
+        """Raise `StoreUnavailable` where an update could not be written now; writes nothing.
+
+        A file's writer is asked, between two batches. That a server's disk is full is noticed only where it then takes
+        nothing to be written, as managed ones do.
+        """
+        await self._run(self._database.check_writable, _write_nothing)
+
     async def close(self) -> None:
         """Close every connection, once what is under way is done."""
         await self._database.close()
@@ -275,6 +285,9 @@ class _Embedded:
     async def write_beside(self, work: Callable[[Connection], T]) -> T:
         return await self.write_in_steps(work)
 
+    async def check_writable(self, work: Callable[[Connection], T]) -> T:
+        return await self.write_in_steps(work)
+
     async def read(self, work: Callable[[Connection], T]) -> T:
         return await self._run(self._reading, self._reader, work)
 
@@ -341,6 +354,9 @@ class _Server:
 
     async def write_beside(self, work: Callable[[Connection], T]) -> T:
         return await self.write(work)
+
+    async def check_writable(self, work: Callable[[Connection], T]) -> T:
+        return await self.read(work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         reading = asyncio.create_task(self.write(work))
@@ -760,6 +776,19 @@ def record_changes(connection: Connection, changes: Iterable[Change]) -> set[str
         lines.setdefault(change.deployment_id, [heading]).append(row["change"])
     file.executemany(_INSERT_TALLY_CHANGE, [(name, "\n".join(noted)) for name, noted in lines.items()])
     return {change.transaction.transaction_id for change in ordered}
+
+
+def _write_nothing(connection: Connection) -> None:
+    """Execute what writes updates, for none: what keeps them from being written keeps this from being done."""
+    if connection.dialect.name == "postgresql":
+        _fetch(connection, _RECORD, ("[]", "[]", ""))
+        return
+    file = _get_sqlite(connection)
+    file.execute(_UPDATE_TRANSACTION, [None] * len(_BOUND))
+    folder = Path(file.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()[0]).parent
+    disk = os.statvfs(folder)
+    if disk.f_bavail * disk.f_frsize < _ROOM_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def note_repeats(connection: Connection, repeats: Mapping[tuple[str, bytes], int]) -> None:

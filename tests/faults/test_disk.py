@@ -84,6 +84,7 @@ def test_a_file_that_cannot_be_written_is_told_of(path: Path, evidence: Evidence
             kill_writer(service)
             evidence.faults += 1
             dialer.wait_for_answers(50, is_failure)
+            assert ask(service, "/readyz") == 503
             set_mode(path, 0o600)
             kill_writer(service)
             dialer.wait_for_answers(50)

@@ -3,6 +3,8 @@
 No endpoint here needs a credential, and none says anything of a person, a transaction or an API user.
 """
 
+from typing import TYPE_CHECKING
+
 import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -12,8 +14,10 @@ from pydantic import BaseModel
 from voicetx import metrics, migrations
 from voicetx.api.answers import Answer, to_response
 from voicetx.migrations import SchemaOutdated
-from voicetx.services import Services
-from voicetx.store import StoreUnavailable
+from voicetx.store import DatabaseUnfit, Store, StoreUnavailable
+
+if TYPE_CHECKING:
+    from voicetx.services import Services
 
 router = APIRouter(tags=["Operations"])
 
@@ -45,9 +49,12 @@ async def check_health() -> Health:
     responses={503: {"model": Readiness, "description": "not ready; the answer says which condition fails"}},
 )
 async def check_readiness(request: Request) -> Response:
-    """Answer 200 where the database answers, its schema is this release's and the committer runs; 503 otherwise."""
+    """Answer 200 where an update could be written: to the database, at this release's schema, by the committer.
+
+    Else 503, with what is in the way.
+    """
     services: Services = request.app.state.services
-    database = await _describe_database(services)
+    database = await describe_database(services.store)
     committer = "running" if services.recorder.is_running else "stopped"
     is_ready = database == "ready" and committer == "running"
     readiness = Readiness(status="ready" if is_ready else "not ready", database=database, committer=committer)
@@ -65,11 +72,18 @@ async def show_metrics() -> Response:
     return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _describe_database(services: Services) -> str:
+async def describe_database(store: Store) -> str:
+    """Return `ready`, or what keeps updates from being written to a database."""
     try:
-        await migrations.check(services.store)
+        await migrations.check(store)
     except SchemaOutdated:
         return "schema outdated"
+    except DatabaseUnfit:
+        return "unfit"
     except StoreUnavailable:
         return "unavailable"
+    try:
+        await store.check_writable()
+    except StoreUnavailable:
+        return "not writable"
     return "ready"
