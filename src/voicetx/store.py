@@ -205,7 +205,7 @@ class Store:
         A file's writer is asked, between two batches. That a server's disk is full is noticed only where it then takes
         nothing to be written, as managed ones do.
         """
-        await self._run(self._database.check_writable, _write_nothing)
+        await self._run("write", self._database.check_writable, _write_nothing)
 
     async def close(self) -> None:
         """Close every connection, once what is under way is done."""
