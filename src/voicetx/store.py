@@ -730,7 +730,7 @@ def find_complete_until(connection: Connection, settle_seconds: float) -> int:
     A change that is committed after this has an `updated_at_ms` (or `registered_at_ms`, where it was taken over) at
     that instant or later. That holds on PostgreSQL for whoever writes to transactions at this moment, however long that
     takes; for what can't be seen there, and on a file, as long as a change is on disk `settle_seconds` after it was
-    made, by clocks that agree. Source: docs/decisions/0021-complete-until.md.
+    made, by clocks that agree. Source: docs/decisions/0023-complete-until.md.
     """
     if connection.dialect.name == "postgresql":
         return int(connection.exec_driver_sql(_COMPLETE_UNTIL, (settle_seconds,)).scalar_one())
@@ -756,7 +756,7 @@ def record_changes(connection: Connection, changes: Iterable[Change]) -> set[str
     """Write transactions back and add what is new to the history, each only if nobody has changed it since it was seen.
 
     Both happen or neither does, for each transaction by itself. What is written has the instant of this very database
-    transaction (docs/decisions/0021-complete-until.md). Returns the ids that were written.
+    transaction (docs/decisions/0023-complete-until.md). Returns the ids that were written.
     """
     ordered = sorted(changes, key=lambda change: change.transaction.transaction_id)
     # Most updates of a batch come from one dialer in one minute: that is said once.
