@@ -9,14 +9,16 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from bodies import TROMBONE, encode, make_body
 from voicetx.cli import app
-from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, parse
-from voicetx.errors import Challenge, Refusal
+from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, WIRE_NAMES, TromboneBody, UpdateBody, parse
+from voicetx.errors import Challenge, Refusal, Rejected
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "voicetx"
@@ -96,6 +98,62 @@ def test_the_table_of_answers_is_the_codes(page: str, heading: str) -> None:
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*?) \| .*\|$", section, re.MULTILINE)
     found = [(int(status), int(code), description) for status, code, description in rows]
     assert sorted(found) == sorted((refusal.status, refusal.code, refusal.description) for refusal in Refusal)
+
+
+def read_fields() -> dict[str, tuple[str, str]]:
+    """Return the fields of the contract's table, in its order, each with its letter and its rule."""
+    section = read_section((ROOT / "docs" / "contract.md").read_text(encoding="utf-8"), "2. Body fields")
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \| (.*) \|$", section, re.MULTILINE)
+    return {name: (letter, rule) for names, letter, rule in rows for name in re.findall(r"`([\w-]+)`", names)}
+
+
+def is_taken(field: str, value: str) -> bool:
+    """Say whether an update may have that value in a field; of a call that was transferred where it has to be."""
+    is_trombone = field.startswith("trombone") or (field, value) == ("call-source", "3")
+    body = make_body(**(TROMBONE if is_trombone else {})) | {field: value}
+    try:
+        return bool(parse(encode(body)))
+    except Rejected:
+        return False
+
+
+def test_the_table_of_fields_is_the_models() -> None:
+    """Section 2 of the contract has the models' fields in their order, and says truly which are mandatory, and when."""
+    letters = {
+        WIRE_NAMES[name]: "M" if field.is_required() else "C" if TromboneBody.model_fields[name].is_required() else "-"
+        for name, field in UpdateBody.model_fields.items()
+    }
+    tabled = {name: letter for name, (letter, _) in read_fields().items()}
+    assert list(tabled.items()) == list(letters.items())
+
+
+@pytest.mark.parametrize("field", WIRE_NAMES.values())
+def test_a_rule_of_the_table_of_fields_is_the_models(field: str) -> None:
+    """What section 2 of the contract says that a field may hold is what is taken, and what it lists is listed whole."""
+    name = field.replace("-", "_")
+    _, rule = read_fields()[field]
+    kinds = [get_args(kind.model_fields[name].annotation) for kind in (UpdateBody, TromboneBody)]
+    choices = {value for kind in kinds for part in kind for value in (get_args(part) or [part]) if type(value) is str}
+    limit = re.search(r"(?:at most|[01] to) ([\d,]+)", rule)
+    if choices:
+        meanings = dict(re.findall(r"`(\w+)`(?: ([^`;,]+))?", rule))
+        assert meanings.keys() == choices
+        told = dict(re.findall(r"(\d+) \((.*?)\)", str(UpdateBody.model_fields[name].description)))
+        for value, meaning in told.items():
+            words = [re.findall(r"\w+", text) for text in (meaning, meanings[value])]
+            assert words[1][: len(words[0])] == words[0]
+        assert all(is_taken(field, value) for value in choices)
+        assert not is_taken(field, "x")
+    elif limit is not None:
+        most = int(limit[1].replace(",", ""))
+        is_number = "whole number" in rule
+        longest, longer = (str(most), str(most + 1)) if is_number else ("1" * most, "1" * (most + 1))
+        assert is_taken(field, longest)
+        assert not is_taken(field, longer)
+    else:
+        moment = "2026-03-01 09:00:30.000"
+        assert is_taken(field, moment)
+        assert not any(is_taken(field, wrong) for wrong in (moment[:-1], "2026-02-30 09:00:30.000", "x"))
 
 
 def test_the_table_of_challenges_is_the_codes() -> None:
