@@ -784,7 +784,7 @@ def _write_nothing(connection: Connection) -> None:
         _fetch(connection, _RECORD, ("[]", "[]", ""))
         return
     file = _get_sqlite(connection)
-    file.execute(_UPDATE_TRANSACTION, [None] * len(_BOUND))
+    file.execute(_UPDATE_NOTHING)
     folder = Path(file.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()[0]).parent
     disk = os.statvfs(folder)
     if disk.f_bavail * disk.f_frsize < _ROOM_BYTES:
@@ -947,6 +947,7 @@ _UPDATE_TRANSACTION = (
     f"UPDATE voice_transaction SET updated_at_ms = ?, {', '.join(f'{name} = ?' for name in _WRITTEN)}"  # noqa: S608
     " WHERE transaction_id = ? AND updates = ?"
 )
+_UPDATE_NOTHING = "UPDATE voice_transaction SET updates = updates WHERE transaction_id IS NULL"
 _INSERT_UPDATE = f"INSERT INTO voice_update ({', '.join(_HISTORY)}) VALUES ({', '.join('?' for _ in _HISTORY)})"  # noqa: S608
 _ADD_REPEATS = (
     "UPDATE voice_update SET repeats = voice_update.repeats + again.repeats"  # noqa: S608
