@@ -190,7 +190,17 @@ def start_valkey() -> Iterator[Callable[[], Valkey]]:
         yield lambda: stack.enter_context(Valkey())
 
 
+@pytest.fixture(scope="session")
+def oldest_postgresql() -> Iterator[PostgreSQL]:
+    """Return a server of the oldest version of PostgreSQL that is supported; with a migrated database `template`."""
+    with PostgreSQL(version=PostgreSQL.versions[0]) as server:
+        migrate(server.create_database("template"))
+        yield server
+
+
 DATABASES = ("sqlite", "postgresql")
+EVERY_DATABASE = (*DATABASES, "oldest_postgresql")
+"""For what is closest to the database: the statements that record updates, and the migrations."""
 
 
 def make_database(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
@@ -200,7 +210,7 @@ def make_database(kind: str, request: pytest.FixtureRequest, folder: Path) -> st
         path = folder / f"{name}.db"
         shutil.copyfile(request.getfixturevalue("sqlite_template"), path)
         return f"sqlite:///{path}"
-    server: PostgreSQL = request.getfixturevalue("postgresql")
+    server: PostgreSQL = request.getfixturevalue(kind)
     return server.create_database(name, template="template")
 
 

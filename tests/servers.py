@@ -245,8 +245,12 @@ class PostgreSQL(Server):
     _name = "PostgreSQL"
     _farewell = signal.SIGQUIT
     _programs: ClassVar[Mapping[int, str]] = {16: "pginstall", 18: "pginstall18"}
+    versions: ClassVar[Sequence[int]] = sorted(_programs)
+    """Those that there are; the newest is what is started where nobody says which."""
 
-    def __init__(self, *, version: int = 16, durable: bool = False, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, version: int = versions[-1], durable: bool = False, settings: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         self._settings = {
             "listen_addresses": "127.0.0.1",

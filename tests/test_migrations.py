@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, LargeBinary, Uuid, insert, inspect, select, text
 
 from bodies import encode, make_body, updates_of
+from conftest import EVERY_DATABASE, make_database
 from servers import PostgreSQL, run_command
 from test_tallies import count_plainly, read_tallies
 from voicetx import folding, migrations, retention, tallies
@@ -35,13 +36,19 @@ from voicetx.throttle import Throttle
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=EVERY_DATABASE)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the address of a fresh, migrated database, of each kind and version in turn."""
+    return make_database(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=EVERY_DATABASE)
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the address of a database with nothing in it."""
     if request.param == "sqlite":
         (tmp_path / "empty.db").touch()
         return f"sqlite:///{tmp_path / 'empty.db'}"
-    server: PostgreSQL = request.getfixturevalue("postgresql")
+    server: PostgreSQL = request.getfixturevalue(request.param)
     return server.create_database(f"empty-{tmp_path.name}-{id(tmp_path)}")
 
 

@@ -5,6 +5,7 @@ import pickle
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, text
 
 from bodies import encode, make_body, updates_of
+from conftest import EVERY_DATABASE, make_database
 from voicetx import recording
 from voicetx.contract import Update, parse
 from voicetx.deployments import create_deployment, register_transactions
@@ -27,6 +29,13 @@ from voicetx.settings import Settings
 from voicetx.store import Batch, Received, Store, StoreUnavailable, ValueRefused, look_up
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=EVERY_DATABASE)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the address of a fresh, migrated database, of each kind and version in turn."""
+    return make_database(request.param, request, tmp_path)
+
 
 USER = uuid4()
 
