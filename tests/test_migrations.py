@@ -156,6 +156,27 @@ def test_a_database_that_cannot_hold_any_text_is_refused(postgresql: PostgreSQL,
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("asked_for", ["client_encoding=LATIN1", "options=-c%20client_encoding%3DLATIN1", ""])
+def test_any_text_is_kept_whatever_encoding_is_asked_for(postgresql: PostgreSQL, asked_for: str) -> None:
+    """A session is in UTF-8, whatever the URL and the database say: text comes out as it came in."""
+    name = f"encoding-{uuid4().hex}"
+    postgresql.create_database(name, template="template")
+    postgresql.execute(f"alter database \"{name}\" set client_encoding = 'LATIN1'")
+    batch = [Received(parse(encode(make_body("tx-1", message="5 €, 5 £, пять 🐞"))), uuid4(), 1)]
+
+    async def run(url: str) -> str:
+        store = Store(url)
+        try:
+            await store.write_in_steps(lambda connection: commit_batch(connection, batch, registers_unknown=True))
+            found = await store.read(lambda connection: look_up(connection, {"tx-1": [b""]}))
+            return found["tx-1"].transaction.fields["message"]
+        finally:
+            await store.close()
+
+    assert asyncio.run(run(f"{postgresql.url(name)}?{asked_for}")) == "5 €, 5 £, пять 🐞"
+    assert asyncio.run(run(postgresql.url(name))) == "5 €, 5 £, пять 🐞"
+
+
 @pytest.mark.parametrize("command", [("user", "list"), ("db", "upgrade"), ("db", "check"), ("serve", "--port", "0")])
 def test_commands_say_in_a_sentence_that_a_database_is_newer(
     sqlite_template: Path, tmp_path: Path, command: tuple[str, ...]
