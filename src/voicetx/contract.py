@@ -17,6 +17,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
+from voicetx.clocks import find_set_back, place_end
 from voicetx.errors import Fault, Refusal, Rejected
 from voicetx.json_text import read_object, strip_mark
 
@@ -256,6 +257,7 @@ WIRE_NAMES: Mapping[str, str] = {name: _wire(name) for name in UpdateBody.model_
 
 _NAMES: Mapping[str, str] = {wire: name for name, wire in WIRE_NAMES.items()}
 _TROMBONE_NAMES = frozenset({"trombone-starttime", "trombone-endtime"})
+_START_NAMES = {"call-endtime": "call-starttime", "trombone-endtime": "trombone-starttime"}
 _NAMES_WITHOUT_TROMBONE = {wire: name for wire, name in _NAMES.items() if wire not in _TROMBONE_NAMES}
 
 PRIVACY: Mapping[str, Privacy] = {name: _list_privacy(UpdateBody, name)[0] for name in WIRE_NAMES}
@@ -263,7 +265,7 @@ PRIVACY: Mapping[str, Privacy] = {name: _list_privacy(UpdateBody, name)[0] for n
 
 
 class Position(NamedTuple):
-    """The place of an update in the total order of contract section 5."""
+    """The place of an update in the total order of contract section 5; `call_endtime` as `place_end` has it."""
 
     attempt: int
     call_endtime: str
@@ -275,7 +277,8 @@ class Position(NamedTuple):
 class Update(NamedTuple):
     """One update that keeps every rule.
 
-    `fields` are those that apply to the transaction, by Python name, trimmed, without the transaction id. `digest`
+    `fields` are those that apply to the transaction, by Python name, trimmed, without the transaction id; with
+    `set_back` (see `voicetx.clocks`) where it ended before it began, for clocks were set back meanwhile. `digest`
     (16 bytes) is the same for two updates with the same fields and values after trimming, unknown ones included,
     whatever their order and spacing. `body` is the text as received, without a byte order mark.
     """
@@ -291,8 +294,8 @@ class Update(NamedTuple):
         return self.position.digest
 
 
-def parse(body: bytes) -> Update:
-    """Make an update of a request's body.
+def parse(body: bytes, time_zone: str = "UTC") -> Update:
+    """Make an update of a request's body, whose times are read in a time zone (an IANA name).
 
     Raises `Rejected` with code 1001, 1002 or 499, in this precedence, and with one fault for every field concerned, in
     body order, or one of no field where the body as a whole is at fault.
@@ -302,25 +305,49 @@ def parse(body: bytes) -> Update:
     given, has_only_text = _collect_given(raw)
     model = TromboneBody if given.get("call-source") == TROMBONE_SOURCE else UpdateBody
     nul_faults = _find_nul(raw) if b"\\u0000" in body else []
+    set_back = None
     try:
         _VALIDATORS[model](given)
     except ValidationError as error:
-        _reject(error.errors(include_url=False, include_context=False, include_input=False), nul_faults, raw)
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        errors, set_back = _excuse(found, given, time_zone)
+        if errors:
+            _reject(errors, nul_faults, raw)
     if nul_faults:
         _reject([], nul_faults, raw)
-    return _build(given, body, has_only_text=has_only_text)
+    return _build(given, body, set_back, has_only_text=has_only_text)
 
 
-def restore(body: str) -> Update:
-    """Make an update of a body that was accepted before, without judging it again."""
+def restore(body: str, set_back: str | None = None) -> Update:
+    """Make an update of a body that was accepted before, without judging it again.
+
+    Where it ended in an hour that came twice, `set_back` gives it its place (see `voicetx.clocks`).
+    """
     encoded = body.encode()
     given, has_only_text = _collect_given(from_json(encoded))
-    return _build(given, encoded, has_only_text=has_only_text)
+    return _build(given, encoded, set_back, has_only_text=has_only_text)
 
 
 _VALIDATORS: Mapping[type[UpdateBody], Callable[[Any], Any]] = {
     model: TypeAdapter(model).validator.validate_python for model in (UpdateBody, TromboneBody)
 }
+
+
+def _excuse(
+    errors: Iterable[ErrorDetails], given: Mapping[str, Any], time_zone: str
+) -> tuple[list[ErrorDetails], str | None]:
+    """Return the errors but for ends before a start between which clocks were set back, and how they were."""
+    left: list[ErrorDetails] = []
+    found: str | None = None
+    for error in errors:
+        set_back = None
+        if error["type"] == "ends_before_start":
+            end = str(error["loc"][0])
+            set_back = find_set_back(given[_START_NAMES[end]], given[end], time_zone)
+        found = found or set_back
+        if set_back is None:
+            left.append(error)
+    return left, found
 
 
 def _collect_given(raw: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -348,17 +375,19 @@ def _collect_given(raw: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return given, has_only_text
 
 
-def _build(given: Mapping[str, Any], body: bytes, *, has_only_text: bool) -> Update:
+def _build(given: Mapping[str, Any], body: bytes, set_back: str | None, *, has_only_text: bool) -> Update:
     text = body.decode()
     names = _NAMES if given["call-source"] == TROMBONE_SOURCE else _NAMES_WITHOUT_TROMBONE
     fields = {names[wire]: value for wire, value in given.items() if wire in names}
     position = Position(
         int(fields.get("times_attempted", "0")),
-        fields["call_endtime"],
+        place_end(fields["call_starttime"], fields["call_endtime"], set_back),
         fields["call_starttime"],
         int(fields["call_state"]),
         _digest(given if has_only_text else _collect_given(_read_exactly(text))[0]),
     )
+    if set_back is not None:
+        fields["set_back"] = set_back
     return Update(fields.pop("transaction_id"), fields, position, text)
 
 

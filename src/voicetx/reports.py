@@ -52,7 +52,7 @@ class TransactionReport:
     """A transaction as its updates have made it, and the updates, oldest first.
 
     `fields` are the merged ones by their wire names, those only that were given; `attempt` and `digest` are those of
-    the newest update, None while there is none.
+    the newest update, None while there is none; `set_back` says how clocks were, if they were (see `voicetx.clocks`).
     """
 
     transaction_id: str
@@ -62,6 +62,7 @@ class TransactionReport:
     updates: int
     attempt: int | None
     digest: bytes | None
+    set_back: str | None
     history: list[HistoryEntry]
 
 
@@ -102,6 +103,7 @@ def report_transaction(
         updates=row.updates,
         attempt=row.attempt,
         digest=row.digest,
+        set_back=row.set_back,
         history=[
             HistoryEntry(
                 entry.received_at_ms, entry.name or str(entry.api_key_id), entry.body, entry.digest, entry.repeats

@@ -40,6 +40,9 @@ _ID = String(128).with_variant(String(128, collation="C"), "postgresql")
 FIELD_NAMES: tuple[str, ...] = tuple(name for name in WIRE_NAMES if name != "transaction_id")
 """The merged fields of a transaction, in the order of the contract: one column each."""
 
+MERGED_NAMES: tuple[str, ...] = (*FIELD_NAMES, "set_back")
+"""All that updates overlay: those fields, and what the times among them can't be read without."""
+
 api_user = Table(
     "api_user",
     metadata,
@@ -95,6 +98,7 @@ voice_transaction = Table(
     Column("attempt", SmallInteger, comment="of the newest update, as all that follows"),
     Column("digest", LargeBinary(16)),
     *(Column(name, Text) for name in FIELD_NAMES),
+    Column("set_back", Text, comment="where clocks were set back during the call: the last moment before, and seconds"),
     Column("older", Text, comment="JSON: which fields an older update of the attempt gave, and its place in the order"),
     Column("inconsistent", Boolean, nullable=False, server_default="0"),
     Column("finished", Boolean, nullable=False, server_default="0", comment="reported, and the call is over"),

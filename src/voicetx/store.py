@@ -52,11 +52,12 @@ from sqlalchemy.util import await_only
 
 from voicetx import tallies
 from voicetx.addresses import FileAddress, ServerAddress, read_database_url
+from voicetx.clocks import place_end
 from voicetx.contract import Position, Update
 from voicetx.merge import Transaction
 from voicetx.own_process import OwnProcess, ProcessLost
 from voicetx.postgresql_sessions import PooledConnection, PoolerUnfit, open_session
-from voicetx.schema import FIELD_NAMES, api_secret, deployment, tally_change, voice_transaction
+from voicetx.schema import MERGED_NAMES, api_secret, deployment, tally_change, voice_transaction
 from voicetx.settings import Settings
 from voicetx.tallies import Sent
 
@@ -668,8 +669,10 @@ def _to_transaction(row: Sequence[Any]) -> Transaction:
     transaction_id, _, updates, attempt, digest, older, *values = row
     if attempt is None:
         return Transaction(transaction_id)
-    fields = {name: value for name, value in zip(FIELD_NAMES, values, strict=True) if value is not None}
-    position = Position(attempt, fields["call_endtime"], fields["call_starttime"], int(fields["call_state"]), digest)
+    fields = {name: value for name, value in zip(MERGED_NAMES, values, strict=True) if value is not None}
+    start = fields["call_starttime"]
+    place = place_end(start, fields["call_endtime"], fields.get("set_back"))
+    position = Position(attempt, place, start, int(fields["call_state"]), digest)
     return Transaction(transaction_id, fields, position, updates, _load_older(older, attempt) if older else {})
 
 
@@ -821,7 +824,7 @@ _ROW: Mapping[str, str] = {
     "attempt": "smallint",
     "digest": "bytea",
     "older": "text",
-    **dict.fromkeys(FIELD_NAMES, "text"),
+    **dict.fromkeys(MERGED_NAMES, "text"),
     "inconsistent": "boolean",
     "finished": "boolean",
     "transaction_id": "text",
@@ -905,7 +908,7 @@ _NOW_MS = "floor(extract(epoch from statement_timestamp()) * 1000)::bigint"
 # value, takes as long as a small batch itself. Names and types are ours, values are parameters.
 _LOOK_UP = (
     # One array, for SQLAlchemy looks at each column of each result anew.
-    f"SELECT {', '.join(f't.{name}' for name in _SEEN)}, ARRAY[{', '.join(f't.{name}' for name in FIELD_NAMES)}],"  # noqa: S608
+    f"SELECT {', '.join(f't.{name}' for name in _SEEN)}, ARRAY[{', '.join(f't.{name}' for name in MERGED_NAMES)}],"  # noqa: S608
     " CASE WHEN t.updates > 0 THEN"  # a call's first update has no history to look through
     " (SELECT h.digest FROM voice_update AS h WHERE h.transaction_id = sent.key AND h.digest = sent.digest) END"
     " FROM unnest($1::text[], $2::bytea[]) AS sent (key, digest)"
@@ -936,7 +939,7 @@ _COMPLETE_UNTIL = (
     " OR l.relation = 'voice_transaction'::regclass AND l.mode = 'RowExclusiveLock'))"
 )
 _LOOK_UP_TRANSACTIONS = (
-    f"SELECT {', '.join((*_SEEN, *FIELD_NAMES))} FROM voice_transaction"  # noqa: S608
+    f"SELECT {', '.join((*_SEEN, *MERGED_NAMES))} FROM voice_transaction"  # noqa: S608
     " WHERE transaction_id IN (SELECT value FROM json_each(?))"
 )
 _LOOK_UP_DIGESTS = (

@@ -11,7 +11,6 @@ Source: docs/decisions/0016-tallies.md.
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate
@@ -21,6 +20,7 @@ from uuid import UUID
 import orjson
 from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null, select, true, union_all
 
+from voicetx.clocks import measure_seconds
 from voicetx.contract import TROMBONE_SOURCE
 from voicetx.schema import tally, tally_change
 
@@ -37,7 +37,6 @@ ERASED_KEY = "x"
 """Stands where a digit was that somebody typed and that was erased; its press is counted no more."""
 
 _SENT = re.compile(r"([+-])([^+-]*)")
-_SECOND = timedelta(seconds=1)
 _MINUTE_MS = 60_000
 _FOLDING = 0x766F696365  # the key of PostgreSQL's advisory lock: one process folds at a time
 
@@ -72,9 +71,12 @@ def profile(fields: Mapping[Any, Any]) -> str:
     state = fields.get("call_state")
     if state is None:
         return ""
-    talk = _whole_seconds(fields["call_starttime"], fields["call_endtime"]) if state in ANSWERED_STATES else ""
+    set_back = fields.get("set_back")
+    talk = (
+        _whole_seconds(fields["call_starttime"], fields["call_endtime"], set_back) if state in ANSWERED_STATES else ""
+    )
     is_transfer = fields.get("call_source") == TROMBONE_SOURCE
-    transfer = _whole_seconds(fields["trombone_starttime"], fields["trombone_endtime"]) if is_transfer else ""
+    transfer = _whole_seconds(fields["trombone_starttime"], fields["trombone_endtime"], set_back) if is_transfer else ""
     attempts = int(fields.get("times_attempted") or 0)
     keys = fields.get("dtmf_digits") or ""
     if len(keys) > 1:
@@ -330,5 +332,5 @@ def _count_profiles(profiles: Mapping[str, int]) -> dict[Measure, Counter[str]]:
     return found
 
 
-def _whole_seconds(start: str, end: str) -> int:
-    return min(LONGEST_SECONDS, (datetime.fromisoformat(end) - datetime.fromisoformat(start)) // _SECOND)
+def _whole_seconds(start: str, end: str, set_back: str | None) -> int:
+    return min(LONGEST_SECONDS, measure_seconds(start, end, set_back))

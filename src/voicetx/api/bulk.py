@@ -109,7 +109,7 @@ async def _take_line(services: Services, user: ApiUser, line: Line, codes: set[i
             await admission
         if line.text is None:
             return _refuse(user, line.number, Rejected(Refusal.BODY_TOO_LARGE), codes)
-        update = parse(line.text)
+        update = parse(line.text, user.time_zone or services.settings.timezone)
         outcome = services.recorder.submit(update, user.api_key_id)
     except Exception as error:  # noqa: BLE001 - each becomes its line's answer
         return _refuse(user, line.number, Recorder.explain(error), codes)

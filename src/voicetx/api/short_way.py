@@ -66,8 +66,9 @@ class ShortWay:
         offered, self._offered = self._offered, []
         recall = cache(self._services.authenticator.recall)  # of a turn most come from one dialer
         users = [_attempt(partial(self._find_dialer, request, recall)) for request in offered]
+        timezone = self._services.settings.timezone
         updates = [
-            _attempt(partial(parse, request.body)) if user is not None else None
+            _attempt(partial(parse, request.body, user.time_zone or timezone)) if user is not None else None
             for request, user in zip(offered, users, strict=True)
         ]
         spend = self._services.throttle.spend

@@ -61,7 +61,7 @@ async def answer_update(services: Services, scope: Scope, receive: Receive) -> t
             limit_bytes=services.settings.body_limit_bytes,
             timeout_seconds=services.settings.body_timeout_seconds,
         )
-        update = parse(body)
+        update = parse(body, user.time_zone or services.settings.timezone)
         await services.recorder.record_update(update, user.api_key_id)
     except ClientGone:
         raise

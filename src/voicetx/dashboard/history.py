@@ -50,7 +50,8 @@ def judge_history(report: TransactionReport, shown: TransactionReport) -> list[A
 
     `shown` is the report as who asks may see it: masked, or the same.
     """
-    pairs = [(_restore(entry), seen) for entry, seen in zip(report.history, shown.history, strict=True)]
+    came = [_restore(entry, report.set_back) for entry in report.history]
+    pairs = list(zip(came, shown.history, strict=True))
     # Which of two came first within a millisecond nobody knows: they are taken to have come as they should.
     pairs.sort(key=lambda pair: (pair[1].received_at_ms, pair[0].position))
     places = {position: place for place, position in enumerate(sorted(update.position for update, _ in pairs), start=1)}
@@ -75,9 +76,9 @@ def judge_history(report: TransactionReport, shown: TransactionReport) -> list[A
     return arrivals
 
 
-def _restore(entry: HistoryEntry) -> Update:
+def _restore(entry: HistoryEntry, set_back: str | None) -> Update:
     """Return the update that an entry was when it came: a number that was erased since changes nothing in its place."""
-    update = restore(entry.body)
+    update = restore(entry.body, set_back)
     return update._replace(position=update.position._replace(digest=entry.digest))
 
 
