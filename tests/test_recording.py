@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from sqlalchemy import func, select, text
 
 from bodies import encode, make_body, updates_of
 from conftest import EVERY_DATABASE, make_database
-from voicetx import recording
 from voicetx.contract import Update, parse
 from voicetx.deployments import create_deployment, register_transactions
 from voicetx.errors import Refusal, Rejected
@@ -72,15 +71,11 @@ def receive(*bodies: dict[str, Any]) -> list[Received]:
     return [Received(parse(encode(body)), USER, time.time_ns() // 1_000_000) for body in bodies]
 
 
-async def record(
-    store: Store, *bodies: dict[str, Any], registers_unknown: bool = False, expects_first: bool = False
-) -> list[str]:
+async def record(store: Store, *bodies: dict[str, Any], registers_unknown: bool = False) -> list[str]:
     """Record bodies as one batch and return the outcomes."""
     batch = receive(*bodies)
     committed = await store.write_in_steps(
-        lambda connection: commit_batch(
-            connection, batch, registers_unknown=registers_unknown, expects_first=expects_first
-        )
+        lambda connection: commit_batch(connection, batch, registers_unknown=registers_unknown)
     )
     return [outcome.value for outcome in committed.outcomes]
 
@@ -92,19 +87,14 @@ async def show(store: Store, transaction_id: str = "tx-1") -> TransactionReport:
     return report
 
 
-@pytest.mark.parametrize("expects_first", [False, True])
-async def test_a_batch_has_an_outcome_for_each_update_in_order(store: Store, expects_first: bool) -> None:
+async def test_a_batch_has_an_outcome_for_each_update_in_order(store: Store) -> None:
     """Recorded, repeated (in the batch and before it) and unknown updates are told apart, each in its place."""
-    assert await record(store, make_body("tx-3"), expects_first=expects_first) == ["recorded"]
+    assert await record(store, make_body("tx-3")) == ["recorded"]
     later = make_body("tx-3", message="later")
     bodies = [*map(make_body, ("tx-2", "nobody", "tx-2", "tx-3", "tx-1")), later]
-    assert await record(store, *bodies, expects_first=expects_first) == [
-        *("recorded", "unknown", "repeated", "repeated", "recorded", "recorded")
-    ]
+    assert await record(store, *bodies) == [*("recorded", "unknown", "repeated", "repeated", "recorded", "recorded")]
     assert [(await show(store, f"tx-{number}")).updates for number in (1, 2, 3)] == [1, 1, 2]
-    assert await record(store, *bodies, expects_first=expects_first) == [
-        *("repeated", "unknown", "repeated", "repeated", "repeated", "repeated")
-    ]
+    assert await record(store, *bodies) == [*("repeated", "unknown", "repeated", "repeated", "repeated", "repeated")]
 
 
 async def test_repeats_are_recognised_in_a_long_history(store: Store) -> None:
@@ -163,16 +153,12 @@ def test_any_order_in_any_batches_ends_the_same(database_url: str, data: st.Data
     arrivals = data.draw(st.permutations(bodies + data.draw(st.lists(st.sampled_from(bodies), max_size=3))))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(arrivals)), max_size=3)) | {0, len(arrivals)})
     batches = [arrivals[start:end] for start, end in pairwise(cuts)]
-    guesses = data.draw(st.lists(st.booleans(), min_size=len(batches), max_size=len(batches)))
 
     async def run() -> tuple[Transaction, TransactionReport]:
         stores = Store(database_url), Store(database_url)
         try:
             await asyncio.gather(
-                *(
-                    record(stores[number % 2], *batch, registers_unknown=True, expects_first=expects_first)
-                    for number, (batch, expects_first) in enumerate(zip(batches, guesses, strict=True))
-                )
+                *(record(stores[number % 2], *batch, registers_unknown=True) for number, batch in enumerate(batches))
             )
             found = await stores[0].read(lambda connection: look_up(connection, {transaction_id: [b""]}))
             return found[transaction_id].transaction, await show(stores[1], transaction_id)
@@ -197,7 +183,6 @@ async def test_two_processes_on_the_same_transactions_lose_nothing(store: Store,
                     make_body(f"tx-{number}", message=f"{process}.{turn}", call_endtime=f"2026-03-01 09:0{turn}:00.000")
                     for number in (range(20) if process else range(19, -1, -1))
                 ),
-                expects_first=turn % 2 == 0,
             )
 
     await asyncio.gather(hammer(store, 0), hammer(other_store, 1), hammer(store, 2), hammer(other_store, 3))
@@ -214,38 +199,6 @@ async def test_company_is_waited_for_where_processes_share_the_processors(store:
     recorder = Recorder(store, make_settings(workers=workers))
     assert (recorder._committer._company_seconds > 0) == (workers > 1 and not store.is_embedded)
     assert len(recorder._committer._batches) == (2 if store.is_embedded else 1)
-
-
-async def test_first_updates_are_not_looked_up_where_most_are_first(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After many first updates a server writes the next few at once, and looks them up again after many others."""
-    looked_up: list[str] = []
-
-    def count(connection: Any, updates: Any) -> Any:
-        looked_up.extend(updates)
-        return look_up(connection, updates)
-
-    monkeypatch.setattr(recording, "look_up", count)
-    recorder = Recorder(store, make_settings())
-    recorder.start()
-
-    async def send(names: Iterable[str], message: str) -> list[str]:
-        looked_up.clear()
-        await asyncio.gather(
-            *(recorder.submit(parse(encode(make_body(name, message=message))), USER) for name in names)
-        )
-        return sorted(looked_up)
-
-    many = [f"tx-{number}" for number in range(70)]
-    assert await send(many, "first") == sorted(many)
-    assert await send(["tx-70"], "first") == (["tx-70"] if store.is_embedded else [])
-    assert await send(["tx-70"], "second") == ["tx-70"]
-    assert await send(["tx-71", "tx-72", "tx-73", "tx-74"], "first") == ["tx-71", "tx-72", "tx-73", "tx-74"]
-    assert await send(many, "second") == sorted(many)
-    assert await send(["tx-75"], "first") == ["tx-75"]
-    await recorder.close()
-    assert [(await show(store, f"tx-{number}")).updates for number in (69, 70, 71, 75)] == [2, 2, 1, 1]
 
 
 def poison(received: Received) -> Received:

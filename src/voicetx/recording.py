@@ -21,7 +21,7 @@ from voicetx import activity, metrics
 from voicetx.contract import Update
 from voicetx.errors import Refusal, Rejected
 from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
-from voicetx.merge import Transaction, apply
+from voicetx.merge import apply
 from voicetx.settings import Settings, UnknownTransactions
 from voicetx.store import (
     Batch,
@@ -39,11 +39,6 @@ from voicetx.store import (
 _RETRY_AFTER_SECONDS = 1
 _COMPANY_SECONDS = 0.001  # uvloop knows no shorter time
 
-# When updates are written as if they were the first of their transactions: docs/decisions/0020-first-updates.md.
-_FEW = 3  # of more, one is nearly always a later one
-_MOST = 0.75
-_LAST_UPDATES = 64  # that the share of first ones is of, more or less
-
 _log = structlog.get_logger(__name__)
 
 
@@ -56,15 +51,11 @@ class Outcome(Enum):
 
 
 class Committed(NamedTuple):
-    """What became of a batch: an outcome for each update, in order, and what is worth counting.
-
-    `first` is of how many transactions nothing was reported before.
-    """
+    """What became of a batch: an outcome for each update, in order, and what is worth counting."""
 
     outcomes: Sequence[Outcome]
     stale: Counter[UUID]
     inconsistent: int
-    first: int
 
 
 _OUTCOMES = {outcome: metrics.UPDATES.labels(outcome.value) for outcome in Outcome}
@@ -82,7 +73,6 @@ class Recorder:
         # next batch when it has done one (docs/decisions/0015-writer-process.md).
         shares_processors = settings.workers > 1 and not store.is_embedded
         self._store = store
-        self._share_of_first = 0.0
         self._registers_unknown = settings.unknown_transactions is UnknownTransactions.REGISTER
         self._committer: GroupCommitter[Received, Outcome] = GroupCommitter(
             self._commit,
@@ -145,19 +135,12 @@ class Recorder:
         metrics.WAITING.set(self._committer.waiting)
         metrics.BATCH_UPDATES.observe(len(batch))
         started = time.perf_counter()
-        work = partial(
-            commit_batch,
-            batch=Batch(batch),
-            registers_unknown=self._registers_unknown,
-            expects_first=len(batch) <= _FEW and self._share_of_first > _MOST,
-        )
+        work = partial(commit_batch, batch=Batch(batch), registers_unknown=self._registers_unknown)
         try:
             committed = await self._store.write_in_steps(work)
         except Exception:
             metrics.FAILED_COMMITS.inc()
             raise
-        share = committed.first / len(batch)
-        self._share_of_first += (share - self._share_of_first) * min(1.0, len(batch) / _LAST_UPDATES)
         metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
         # Before anybody is answered, but once the next batch is on its way: the database does not wait for it.
         asyncio.get_running_loop().call_soon(_count, batch, committed)
@@ -180,13 +163,8 @@ def _count(batch: Sequence[Received], committed: Committed) -> None:
     metrics.INCONSISTENT.inc(committed.inconsistent)
 
 
-def commit_batch(
-    connection: Connection, batch: Sequence[Received], *, registers_unknown: bool = False, expects_first: bool = False
-) -> Committed:
+def commit_batch(connection: Connection, batch: Sequence[Received], *, registers_unknown: bool = False) -> Committed:
     """Record a batch, which may be empty.
-
-    With `expects_first`, on a server, it is first written as if nothing had been reported of its transactions, without
-    looking them up: right or not, what is recorded is the same.
 
     May be run again after a failure: what was recorded is then a repeat. Other processes may be at the same
     transactions: one is written back only if it still is what was read, and is otherwise read and merged again.
@@ -201,20 +179,13 @@ def commit_batch(
     recorded: set[int] = set()
     stale: Counter[UUID] = Counter()
     inconsistent = 0
-    first = 0
-    is_guess = expects_first and connection.dialect.name == "postgresql"
     while waiting:
-        if is_guess:
-            found = {transaction_id: Found(Transaction(transaction_id), "", set()) for transaction_id in waiting}
-        else:
-            found = _find(connection, waiting, register_at_ms)
+        found = _find(connection, waiting, register_at_ms)
         unknown |= waiting.keys() - found.keys()
         changes = _merge(found, waiting)
         written = record_changes(connection, changes.values()) if changes else set()
-        is_guess = False
         for transaction_id in written:
-            seen, _, transaction, new = changes[transaction_id]
-            first += seen.updates == 0
+            _, _, transaction, new = changes[transaction_id]
             recorded.update(map(id, new))
             for received in new:
                 if received.update.position != transaction.position:
@@ -229,7 +200,7 @@ def commit_batch(
         else Outcome.REPEATED
         for received in batch
     ]
-    return Committed(outcomes, stale, inconsistent, first)
+    return Committed(outcomes, stale, inconsistent)
 
 
 def _find(
