@@ -58,36 +58,25 @@ class PoisonError(Exception):
 
 
 class Disk:
-    """Where items are committed: each commit waits until the test lets it go on, and fails if it holds poison.
+    """Where items are committed: each commit waits until the test lets it go on, and fails if it holds poison."""
 
-    Of several at once the one that came first is let on first.
-    """
-
-    def __init__(self, commits_at_once: int = 1) -> None:
-        self.commits_at_once = commits_at_once
+    def __init__(self) -> None:
         self.batches: list[list[Any]] = []
         self.committed: list[Any] = []
-        self.failures = 0
         self.failed_alone: list[Any] = []
-        self.under_way: list[tuple[Sequence[Any], asyncio.Future[Exception | None]]] = []
+        self.waiting: asyncio.Future[Exception | None] | None = None
         self.is_held = False
-
-    @property
-    def waiting(self) -> asyncio.Future[Exception | None] | None:
-        """The commit that is let on next, if there is one."""
-        return self.under_way[0][1] if self.under_way else None
 
     async def commit(self, batch: Sequence[Any]) -> list[Any]:
         """Commit a batch."""
-        assert len(self.under_way) < self.commits_at_once, "too many commits at once"
+        assert self.waiting is None, "two commits at once"
         self.batches.append(list(batch))
         if self.is_held:
-            waiting = batch, asyncio.get_running_loop().create_future()
-            self.under_way.append(waiting)
+            self.waiting = asyncio.get_running_loop().create_future()
             try:
-                failure = await waiting[1]
+                failure = await self.waiting
             finally:
-                self.under_way.remove(waiting)
+                self.waiting = None
             if failure is not None:
                 self.note_failure(batch)
                 raise failure
@@ -99,7 +88,6 @@ class Disk:
 
     def note_failure(self, batch: Sequence[Any]) -> None:
         """Remember who stood alone when its commit failed."""
-        self.failures += 1
         if len(batch) == 1:
             self.failed_alone += batch
 
@@ -112,13 +100,6 @@ class Disk:
         """Let the commit that waits go on, to succeed or to fail so."""
         assert self.waiting is not None
         self.waiting.set_result(failure)
-
-    def let_go(self) -> None:
-        """Let every commit go on, and hold none any more."""
-        self.is_held = False
-        for _, waiting in self.under_way:
-            if not waiting.done():
-                waiting.set_result(None)
 
 
 TIMEOUT_SECONDS = 60
@@ -138,7 +119,9 @@ async def committing(disk: Disk, **options: Any) -> AsyncIterator[GroupCommitter
     try:
         yield committer
     finally:
-        disk.let_go()
+        disk.is_held = False
+        if disk.waiting is not None and not disk.waiting.done():
+            disk.release()
         await committer.close()
 
 
@@ -241,111 +224,6 @@ async def test_where_there_is_nothing_to_gain_nobody_is_waited_for(
         await answer_batch(disk, committer, answered=answered, waiting=waiting)
         await disk.wait_for_commit()
         assert disk.batches[1:] == [[f"waiting {number}" for number in range(waiting)]]
-
-
-async def test_a_second_batch_is_handed_over_once_it_is_as_large_as_the_first() -> None:
-    """Where two may be under way, the next one waits for the first until there are as many, and a third for either."""
-    disk = Disk(commits_at_once=2)
-    disk.is_held = True
-    async with committing(disk, batches_at_once=2) as committer:
-        futures = [committer.submit(f"first {number}") for number in range(5)]
-        await disk.wait_for_commit()
-        futures += [committer.submit(f"second {number}") for number in range(4)]
-        await settle()
-        assert len(disk.under_way) == 1
-        futures.append(committer.submit("second 4"))
-        await settle()
-        assert [len(batch) for batch, _ in disk.under_way] == [5, 5]
-        futures += [committer.submit(f"third {number}") for number in range(9)]
-        await settle()
-        assert committer.waiting == 9
-        disk.release()
-        await settle()
-        assert [len(batch) for batch, _ in disk.under_way] == [5, 9]
-        assert [future.done() for future in futures] == [True] * 5 + [False] * 14
-        disk.let_go()
-        await settle()
-        assert [future.result() for future in futures] == [f"{item} done" for item in disk.committed]
-
-
-async def test_it_is_the_batch_under_way_that_counts() -> None:
-    """Once a smaller batch is under way, as many as are in that are enough."""
-    disk = Disk(commits_at_once=2)
-    disk.is_held = True
-    async with committing(disk, batches_at_once=2) as committer:
-        for count in (6, 5):
-            for number in range(count):
-                committer.submit(number)
-            await settle()
-        disk.release()
-        await disk.wait_for_commit()
-        for number in range(5):
-            committer.submit(number)
-        await settle()
-        assert [len(batch) for batch, _ in disk.under_way] == [5, 5]
-
-
-async def test_few_are_not_handed_over_beside_others() -> None:
-    """Less than four wait for the batch under way to end, however small that is, and are then handed over at once."""
-    disk = Disk(commits_at_once=2)
-    disk.is_held = True
-    async with committing(disk, batches_at_once=2) as committer:
-        committer.submit("first")
-        await disk.wait_for_commit()
-        for number in range(3):
-            committer.submit(number)
-        await settle()
-        assert disk.batches == [["first"]]
-        disk.release()
-        await disk.wait_for_commit()
-        assert disk.batches == [["first"], [0, 1, 2]]
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 2}, {"queue_size": 2}])
-async def test_a_full_batch_is_handed_over_beside_another(options: dict[str, int]) -> None:
-    """As many as make a batch, or may wait, are handed over beside one under way, however small batches are."""
-    disk = Disk(commits_at_once=2)
-    disk.is_held = True
-    async with committing(disk, batches_at_once=2, **options) as committer:
-        for _ in range(2):
-            futures = [committer.submit(number) for number in range(2)]
-            await settle()
-        assert len(disk.under_way) == 2
-        assert not futures[0].done()
-
-
-async def test_what_waits_beside_two_batches_is_committed_before_the_end() -> None:
-    """A committer that is closed with two batches under way and few who wait commits them all."""
-    disk = Disk(commits_at_once=2)
-    disk.is_held = True
-    async with committing(disk, batches_at_once=2) as committer:
-        for count in (4, 4, 3):
-            futures = [committer.submit(number) for number in range(count)]
-            await settle()
-        closing = asyncio.create_task(committer.close())
-        await settle()
-        disk.let_go()
-        await settle()
-        await closing
-        assert [future.result() for future in futures] == ["0 done", "1 done", "2 done"]
-
-
-async def test_a_batch_that_fails_beside_another_takes_nothing_from_it() -> None:
-    """Of two batches under way one fails and is split; the other's callers have their answers."""
-    disk = Disk(commits_at_once=2)
-    disk.is_held = True
-    async with committing(disk, batches_at_once=2) as committer:
-        first = [committer.submit(name) for name in ("a", "b", "poison", "c")]
-        await disk.wait_for_commit()
-        second = [committer.submit(number) for number in range(4)]
-        await settle()
-        assert len(disk.under_way) == 2
-        disk.let_go()
-        await settle()
-        assert await asyncio.gather(*second) == [f"{number} done" for number in range(4)]
-        answers = await asyncio.gather(*first, return_exceptions=True)
-        assert [answers[0], answers[1], answers[3]] == ["a done", "b done", "c done"]
-        assert isinstance(answers[2], PoisonError)
 
 
 async def test_closing_waits_for_nobody_to_come_back() -> None:
@@ -771,21 +649,16 @@ class CommitterMachine(RuleBasedStateMachine):
         self.is_closed = False
         self.closing: asyncio.Task[None] | None = None
 
-    @initialize(
-        company_seconds=st.sampled_from([0.0, COMPANY_SECONDS]),
-        batches_at_once=st.sampled_from([1, 2]),
-    )
-    def start(self, company_seconds: float, batches_at_once: int) -> None:
-        """Start a committer that waits for company, or does not, with one batch or two under way."""
+    @initialize(company_seconds=st.sampled_from([0.0, COMPANY_SECONDS]))
+    def start(self, company_seconds: float) -> None:
+        """Start a committer that waits for company, or one that does not."""
         self.company_seconds = company_seconds
-        self.disk.commits_at_once = batches_at_once
         self.committer: GroupCommitter[str, str] = GroupCommitter(
             self.disk.commit,
             batch_size=self.BATCH,
             queue_size=self.QUEUE,
             timeout_seconds=TIMEOUT_SECONDS,
             company_seconds=company_seconds,
-            batches_at_once=batches_at_once,
             whole_batch_errors=(AwayError,),
         )
 
@@ -844,9 +717,8 @@ class CommitterMachine(RuleBasedStateMachine):
     @rule(failure=st.sampled_from([None, None, AwayError, PoisonError]))
     def finish_commit(self, failure: type[Exception] | None) -> None:
         """Let the commit under way succeed, or fail; a failure of nobody is told to everybody in the batch."""
-        part = self.disk.under_way[0][0]
-        [batch] = [batch for batch in self.committer._batches if part[0] in {entry.item for entry in batch}]
-        unanswered = {entry.item for entry in batch if not entry.future.done()}
+        waiting = self.names_waiting()
+        unanswered = {name for name, future in self.futures.items() if not future.done() and name not in waiting}
         if failure is AwayError:
             self.away |= unanswered
         self.disk.release(failure() if failure is not None else None)
@@ -889,10 +761,7 @@ class CommitterMachine(RuleBasedStateMachine):
         """No batch is too large, and what is committed is committed once, in the order of submission."""
         assert all(len(batch) <= self.BATCH for batch in self.disk.batches)
         order = [int(name.split("-")[0]) for name in self.disk.committed]
-        assert len(set(order)) == len(order)
-        # What is tried again in parts comes after a batch that was handed over meanwhile.
-        if self.disk.commits_at_once == 1 or not self.disk.failures:
-            assert order == sorted(order)
+        assert order == sorted(set(order))
         assert self.committer.waiting <= self.QUEUE
 
     @invariant()
@@ -934,7 +803,9 @@ class CommitterMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close, and find that everybody is answered."""
-        self.disk.let_go()
+        self.disk.is_held = False
+        if self.disk.waiting is not None:
+            self.disk.release()
         self.run(self.committer.close())
         assert all(future.done() for future in self.futures.values())
         self.answers_are_true()

@@ -195,10 +195,9 @@ async def test_two_processes_on_the_same_transactions_lose_nothing(store: Store,
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 async def test_company_is_waited_for_where_processes_share_the_processors(store: Store, workers: int) -> None:
-    """Several processes before a database server wait for who was just answered; a file's writer has two batches."""
+    """Several processes before a database server wait for who was just answered; one alone and a file's do not."""
     recorder = Recorder(store, make_settings(workers=workers))
     assert (recorder._committer._company_seconds > 0) == (workers > 1 and not store.is_embedded)
-    assert len(recorder._committer._batches) == (2 if store.is_embedded else 1)
 
 
 def poison(received: Received) -> Received:
@@ -260,8 +259,6 @@ async def test_poison_is_answered_500_without_retry_after(store: Store, monkeypa
 class FailingStore:
     """A store whose database is away."""
 
-    is_embedded = False
-
     async def write_in_steps(self, work: Any) -> Any:
         """Fail as a store does."""
         raise StoreUnavailable("gone")
@@ -298,7 +295,7 @@ async def test_a_full_queue_is_answered_500_with_retry_after_at_once() -> None:
     recorder.start()
     first, *others = parse_all(4)
     waiting = [asyncio.create_task(recorder.record_update(first, USER))]
-    while recorder._committer.waiting or not any(recorder._committer._batches):
+    while recorder._committer.waiting or not recorder._committer._batch:
         await asyncio.sleep(0)
     waiting += [asyncio.create_task(recorder.record_update(update, USER)) for update in others[:2]]
     while recorder._committer.waiting < 2:

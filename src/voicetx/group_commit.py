@@ -7,8 +7,6 @@ databases: it makes batches of items, has them committed, and gives each caller 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
-from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
 from voicetx.duties import Duty, is_cancelled, note_failure, repeat
@@ -42,16 +40,14 @@ class _Entry(NamedTuple, Generic[Item, Result]):
 
 
 class GroupCommitter(Generic[Item, Result]):
-    """Commits items in batches, one at a time, or two where the second may wait its turn at the disk.
+    """Commits items in batches, one batch at a time.
 
     - While a batch is committed, what comes in waits and makes the next batch, of at most `batch_size`. An idle
       committer commits an item at once, and who is answered with less than three others keeps nobody waiting.
     - After a batch of four or more the next one waits for those who were just answered, for `company_seconds` at most
       (0: not at all), and no longer than until all of them are back or there is a crowd. Without that they take turns
       with the rest, in twice as many commits.
-    - With `batches_at_once` of two the next batch is handed over as soon as it is as large as the one under way, and of
-      four at least: for a `commit` that does one after the other by itself, and waits for the next one in between.
-    - Items are handed over in the order of their submission, and each caller gets the result of its own item.
+    - Items are committed in the order of their submission, and each caller gets the result of its own item.
     - At most `queue_size` items wait beside the batch under way; one more is refused at once with `QueueFull`.
     - A batch whose commit fails is split until the culprit stands alone: its caller gets the exception and all
       others are committed. An exception of `whole_batch_errors` says that no item is at fault: everybody in the batch
@@ -78,7 +74,6 @@ class GroupCommitter(Generic[Item, Result]):
         queue_size: int,
         timeout_seconds: float,
         company_seconds: float = 0.0,
-        batches_at_once: int = 1,
         whole_batch_errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self._commit = commit
@@ -86,11 +81,9 @@ class GroupCommitter(Generic[Item, Result]):
         self._queue_size = queue_size
         self._timeout_seconds = timeout_seconds
         self._company_seconds = company_seconds
-        self._most_wanted = min(batch_size, queue_size)  # more can't be in a batch, or wait
         self._whole_batch_errors: tuple[type[Exception], ...] = (CommitTimeout, *whole_batch_errors)
         self._queue: deque[_Entry[Item, Result]] = deque()
-        # One for each batch that may be under way; empty where none is.
-        self._batches: list[list[_Entry[Item, Result]]] = [[] for _ in range(batches_at_once)]
+        self._batch: list[_Entry[Item, Result]] = []
         self._are_enough = asyncio.Event()
         self._wanted = 1
         self._is_closing = False
@@ -99,7 +92,7 @@ class GroupCommitter(Generic[Item, Result]):
 
     @property
     def waiting(self) -> int:
-        """How many items wait, those in a batch under way not among them."""
+        """How many items wait, those in the batch under way not among them."""
         return len(self._queue)
 
     @property
@@ -140,38 +133,30 @@ class GroupCommitter(Generic[Item, Result]):
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        async with asyncio.TaskGroup() as lanes:
-            for lane in range(len(self._batches)):
-                lanes.create_task(repeat(Duty.COMMIT, partial(self._commit_on, lane)))
+        await repeat(Duty.COMMIT, self._commit_next)
 
-    async def _commit_on(self, lane: int) -> bool:
-        """Commit a batch beside the other lanes, or wait for one; say whether there may be more."""
-        if len(self._queue) >= self._count_wanted():
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
-            self._batches[lane] = batch
-            self._wanted = self._count_wanted()
+    async def _commit_next(self) -> bool:
+        """Commit the next batch, or wait for one; say whether there may be more."""
+        if self._queue:
+            self._batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
             try:
-                await self._settle(batch)
+                await self._settle(self._batch)
             except Exception as error:  # noqa: BLE001 - one defect must not end the service for all who follow
-                note_failure(Duty.COMMIT, error, items=len(batch))
-                _fail_all(batch, error)
-            self._batches[lane] = []
-            if len(batch) >= _COMPANY and self._company_seconds:
-                await self._gather(min(len(batch) + len(self._queue), _CROWD), self._company_seconds)
+                note_failure(Duty.COMMIT, error, items=len(self._batch))
+                _fail_all(self._batch, error)
+            answered = len(self._batch)
+            self._batch = []
+            if answered >= _COMPANY and self._company_seconds:
+                await self._gather(min(answered + len(self._queue), _CROWD), self._company_seconds)
         elif self._is_closing:
             return False
         else:
-            await self._gather(self._count_wanted())
+            await self._gather(1)
         return True
-
-    def _count_wanted(self) -> int:
-        """Return how many have to wait for a batch of them to begin: beside another one, as many as are in that."""
-        under_way = [len(batch) for batch in self._batches if batch]
-        return min(max(_COMPANY, *under_way), self._most_wanted) if under_way else 1
 
     async def _gather(self, wanted: int, at_most_seconds: float | None = None) -> None:
         """Return when so many wait, or a batch of them, when the time is up, or when nobody else may come."""
-        self._wanted = min(wanted, self._most_wanted)
+        self._wanted = min(wanted, self._batch_size, self._queue_size)
         if len(self._queue) >= self._wanted or self._is_closing:
             return
         self._are_enough.clear()
@@ -225,18 +210,17 @@ class GroupCommitter(Generic[Item, Result]):
     def _answer_late(self) -> None:
         """Answer everybody whose time is up, and wake again when the next one's is.
 
-        Deadlines come in the order of submission: first those of what is under way, then those of the queue.
+        Deadlines come in the order of submission: first those of the batch under way, then those of the queue.
         """
         self._alarm = None  # should this fail, the next item sets it again
         now = self._loop.time()
-        under_way = list(chain(*self._batches))
-        for entry in under_way:
+        for entry in self._batch:
             if entry.deadline <= now:
                 _fail(entry, CommitTimeout())
         while self._queue and self._queue[0].deadline <= now:
             _fail(self._queue.popleft(), CommitTimeout())
-        unanswered = [entry.deadline for entry in under_way if not entry.future.done()]
-        following = min(unanswered, default=self._queue[0].deadline if self._queue else None)
+        unanswered = (entry.deadline for entry in self._batch if not entry.future.done())
+        following = next(unanswered, self._queue[0].deadline if self._queue else None)
         if following is not None:
             self._alarm = self._loop.call_at(following, self._answer_late)
 
@@ -244,7 +228,8 @@ class GroupCommitter(Generic[Item, Result]):
         """Answer those that a task cancelled from outside has left."""
         if self._alarm is not None:
             self._alarm.cancel()
-        _fail_all((*chain(*self._batches), *self._queue), Closed())
+        _fail_all((*self._batch, *self._queue), Closed())
+        self._batch = []
         self._queue.clear()
 
 

@@ -68,9 +68,8 @@ class Recorder:
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        # Several processes keep each other and the database from the processors (docs/decisions/0019-company.md). One
-        # does the next half of its clients' work while the database does the first, and a file's writer is to find the
-        # next batch when it has done one (docs/decisions/0015-writer-process.md).
+        # One process by itself does the next half of its clients' work while the database does the first; so does a
+        # file's writer. Several keep each other and the database from the processors (docs/decisions/0019-company.md).
         shares_processors = settings.workers > 1 and not store.is_embedded
         self._store = store
         self._registers_unknown = settings.unknown_transactions is UnknownTransactions.REGISTER
@@ -80,7 +79,6 @@ class Recorder:
             queue_size=settings.commit_queue_size,
             timeout_seconds=settings.commit_timeout_seconds,
             company_seconds=_COMPANY_SECONDS if shares_processors else 0.0,
-            batches_at_once=2 if store.is_embedded else 1,
             whole_batch_errors=(StoreUnavailable,),
         )
 
