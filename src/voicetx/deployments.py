@@ -217,8 +217,11 @@ def read_lines(lines: Iterable[str], file_format: FileFormat) -> Iterator[Line]:
 
 
 class _Text(NamedTuple):
+    """A line; counted once, for it may be read again a hundred times."""
+
     number: int
     text: str
+    quotes: int
 
 
 class LineReader:
@@ -244,7 +247,7 @@ class LineReader:
         """
         if self._format is FileFormat.NDJSON:
             return [_read_json_line(number, text)] if text.strip() else []
-        return self._read_texts([_Text(number, text)])
+        return self._read_texts([_Text(number, text, text.count('"'))])
 
     def end(self) -> list[Line]:
         """Return what the end of the file comes to; raises as `read`, and for a file that is empty."""
@@ -266,10 +269,11 @@ class LineReader:
             self._row_length += len(text.text)
             is_too_long = len(self._row) > _MOST_LINES_OF_A_ROW or self._row_length > _LONGEST_ROW
             # Within quotes, an even number of them more leads nowhere else.
-            if len(self._row) > 1 and text.text.count('"') % 2 == 0 and not is_too_long:
+            if len(self._row) > 1 and text.quotes % 2 == 0 and not is_too_long:
                 continue
             with suppress(_RowGoesOnError):
-                line, again = self._end_row(may_go_on=not is_too_long)
+                is_given_up = is_too_long and len(self._row) > 1
+                line, again = self._refuse_quotes() if is_given_up else self._end_row(may_go_on=not is_too_long)
                 found += [] if line is None else [line]
                 waiting.extendleft(reversed(again))
         return found
@@ -279,7 +283,7 @@ class LineReader:
 
         Raises `_RowGoesOnError` where it may go on, and more lines may end it.
         """
-        texts = [text for _, text in self._row]
+        texts = [text.text for text in self._row]
         if self._place is None and (said := _SAYS_DELIMITER.fullmatch(texts[0])) is not None:
             self._delimiters = (said[1],)
             return None, self._drop_row(1)
@@ -323,6 +327,8 @@ class LineReader:
         return self._refuse("not CSV: a quote on this line is not closed")
 
     def _refuse(self, fault: str) -> tuple[Line, list[_Text]]:
+        if self._place is None:
+            raise DeploymentError(f"The file's first line is {fault}.")
         number = self._row[0].number
         return Line(number, None, fault), self._drop_row(1)
 

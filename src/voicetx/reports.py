@@ -62,8 +62,8 @@ class TransactionReport:
     updates: int
     attempt: int | None
     digest: bytes | None
-    set_back: str | None
     history: list[HistoryEntry]
+    set_back: str | None = None
 
 
 def report_transaction(
