@@ -54,12 +54,20 @@ async def served_app(database_url: str, **values: Any) -> AsyncIterator[tuple[Fa
     """Serve an application on a port and return it with its address and a secret key."""
     async with running_app(database_url, **values) as (app, _, key):
         config = uvicorn.Config(
-            app, port=0, http=ContractProtocol, ws="none", log_config=None, access_log=False, server_header=False
+            app,
+            port=0,
+            http=ContractProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=app.state.services.settings.keep_alive_seconds,
         )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0)
+        app.state.connections = server.server_state.connections
         try:
             yield app, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", key
         finally:

@@ -4,23 +4,27 @@ import asyncio
 import json
 import re
 import shutil
+import socket
+import struct
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from bodies import encode, make_body
 from test_app import count_requests_to, served_app
-from voicetx import auth
+from voicetx import auth, metrics
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract import UPDATE_PATH
 from voicetx.http_protocol import _HEAD_MOST_BYTES, ContractProtocol
+from voicetx.schema import voice_update
 
 pytestmark = pytest.mark.anyio
 
@@ -313,10 +317,255 @@ async def test_a_client_that_takes_no_answers_is_hung_up_on(
         assert (await read_until_closed(reader)).count(b"HTTP/1.1 200") < 20
 
 
+@pytest.fixture(scope="module")
+async def impatient(
+    sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
+) -> AsyncIterator[tuple[Any, str, str]]:
+    """Serve an application that waits for clients as short a time as may be; return it, its address and a key."""
+    path = tmp_path_factory.mktemp("impatient") / "voicetx.db"
+    shutil.copyfile(sqlite_template, path)
+    async with served_app(f"sqlite:///{path}", body_timeout_seconds=0.1, keep_alive_seconds=1) as served:
+        yield served
+
+
+HALVES: dict[str, tuple[str, bytes, int | None]] = {
+    "nothing": ("", b"", None),
+    "blank line": ("", b"\r\n", None),
+    "half a head": (UPDATE_PATH, b"", None),
+    "no body": (UPDATE_PATH, b"content-length: 9\r\n\r\n", 408),
+    "half a body": (UPDATE_PATH, b"content-length: 9\r\n\r\n{", 408),
+    "no chunks": (UPDATE_PATH, b"transfer-encoding: chunked\r\n\r\n", 408),
+    "no last chunk": (UPDATE_PATH, b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n", 408),
+    "half a trailer": (UPDATE_PATH, b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nx: y", 408),
+    "no body after 100": (UPDATE_PATH, b"expect: 100-continue\r\ncontent-length: 9\r\n\r\n", 408),
+    "no lines": ("/api/v1/updates", b"content-length: 9\r\n\r\n", 408),
+    "no body of a stranger": (UPDATE_PATH, b"authorization: Basic x\r\ncontent-length: 9\r\n\r\n", 401),
+    "no body that anybody reads": ("/healthz", b"content-length: 9\r\n\r\n", 405),
+}
+
+
+@pytest.mark.parametrize("place", ["first", "pipelined", "next"])
+async def test_every_wait_for_a_client_has_an_end(impatient: tuple[Any, str, str], place: str) -> None:
+    """What is begun and not ended is answered or not, and then hung up on, also behind other requests' answers."""
+    _, address, key = impatient
+    before = [] if place == "first" else [HEALTH, put(key, encode(make_body("tx-1"))), HEALTH]
+
+    async def stall(path: str, rest: bytes) -> list[int]:
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n".encode() if path else b""
+        async with connection(address) as (reader, writer):
+            answered = b""
+            if place == "next":
+                for request in before:
+                    writer.write(request)
+                    await read_answer(reader)
+                writer.write(head + rest)
+            else:
+                writer.write(b"".join(before) + head + rest)
+            answered += await read_until_closed(reader)
+        return [int(status) for status in re.findall(rb"HTTP/1\.1 ([2-5]\d\d) ", answered)]
+
+    async with asyncio.timeout(60):
+        statuses = await asyncio.gather(*(stall(path, rest) for path, rest, _ in HALVES.values()))
+    answered = [200] * 3 if place == "pipelined" else []
+    expected = {name: answered + ([status] if status else []) for name, (_, _, status) in HALVES.items()}
+    assert dict(zip(HALVES, statuses, strict=True)) == expected
+
+
+async def test_a_connection_is_kept_as_long_as_the_setting_says(impatient: tuple[Any, str, str]) -> None:
+    """After an answer, and after the rest of a body that was answered early, the wait is that of the setting."""
+    app, address, _ = impatient
+    assert app.state.services.settings.keep_alive_seconds == 1
+    refused = b"PUT %b HTTP/1.1\r\nhost: x\r\ncontent-length: 5000\r\n\r\n" % UPDATE_PATH.encode()
+    async with connection(address) as (reader, writer), asyncio.timeout(60):
+        for _ in range(3):
+            writer.write(HEALTH)
+            assert (await read_answer(reader))[0] == 200
+        protocol = await find_protocol(app, writer)
+        assert left_seconds(protocol) > 0.5
+        writer.write(refused)
+        assert (await read_answer(reader))[0] == 401
+        assert protocol.timeout_keep_alive_task is None
+        writer.write(b"x" * 5000)
+        while protocol.timeout_keep_alive_task is None:
+            await asyncio.sleep(0)
+        assert left_seconds(protocol) > 0.5
+        assert await reader.read() == b""
+
+
+def left_seconds(protocol: ContractProtocol) -> float:
+    """Return how long a connection is yet kept for the next request."""
+    assert protocol.timeout_keep_alive_task is not None
+    return protocol.timeout_keep_alive_task.when() - protocol.loop.time()
+
+
+async def find_protocol(app: Any, writer: asyncio.StreamWriter) -> ContractProtocol:
+    """Return the service's end of a connection."""
+    address = writer.get_extra_info("sockname")
+    while True:
+        for protocol in app.state.connections:
+            if protocol.client == address:
+                return cast("ContractProtocol", protocol)
+        await asyncio.sleep(0)
+
+
+async def test_a_head_has_its_time_from_its_start(served: tuple[Any, str, str]) -> None:
+    """Who begins a head at the moment when idle connections are looked at has all the time for the rest of it."""
+    app, address, _ = served
+    async with connection(address) as (reader, writer):
+        writer.write(HEALTH)
+        await read_answer(reader)
+        protocol = await find_protocol(app, writer)
+        protocol._hang_up_on_the_slow()
+        writer.write(HEALTH[:9])
+        while not protocol._is_amid_request:
+            await asyncio.sleep(0)
+        protocol._hang_up_on_the_slow()
+        writer.write(HEALTH[9:])
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_who_takes_an_answer_slowly_is_waited_for(served: tuple[Any, str, str]) -> None:
+    """A long answer that is taken bit by bit is given whole, however often it is looked at how it gets on."""
+    app, address, _ = served
+    page = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n"
+    received, left, looks = bytearray(), 0, 0
+    async with connection(address) as (reader, writer):
+        protocol = await find_protocol(app, writer)
+        # Or the kernel would take it all at once.
+        protocol.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        writer.write(page)
+        while data := await reader.read(65_536):
+            received += data
+            if (unsent := protocol.transport.get_write_buffer_size()) != left and protocol in protocol.connections:
+                left = unsent
+                looks += 1
+                protocol._hang_up_on_the_slow()
+    head, _, script = bytes(received).partition(b"\r\n\r\n")
+    assert len(script) == int(re.findall(rb"content-length: (\d+)", head)[0])
+    assert looks > 2
+
+
+async def ask_and_end(address: str, message: bytes) -> list[int]:
+    """Send a message and the end of all messages; return the statuses of what comes back until the connection ends."""
+    async with connection(address) as (reader, writer), asyncio.timeout(60):
+        writer.write(message)
+        writer.write_eof()
+        return [int(status) for status in re.findall(rb"HTTP/1\.1 ([2-5]\d\d) ", await read_until_closed(reader))]
+
+
+async def test_who_sends_nothing_more_is_answered(served: tuple[Any, str, str]) -> None:
+    """A client that ends its side after its requests gets all their answers, known or not, and then the end."""
+    app, address, key = served
+    update = put(key, encode(make_body("tx-1")), "x-test: half-closed")
+    chunked = put(key, b"", framing="transfer-encoding: chunked") + b"2\r\n{}\r\n0\r\n\r\n"
+    for _ in range(2):
+        app.state.services.authenticator._found.clear()  # once as the first of its dialer, once as any other
+        assert await ask_and_end(address, update) == [200]
+        assert await ask_and_end(address, update) == [200]
+        assert await ask_and_end(address, update + HEALTH + chunked + update) == [200, 200, 500, 200]
+    assert await ask_and_end(address, HEALTH * 1000 + update) == [200] * 1001
+    assert await ask_and_end(address, HEALTH + b"GET  HTTP/1.1\r\n\r\n") == [200, 400]
+    assert await ask_and_end(address, b"") == []
+
+
+async def test_half_a_request_at_the_end_is_none(served: tuple[Any, str, str]) -> None:
+    """Of a client that ends its side amid a request all before that is answered, and the connection ends at once."""
+    app, address, key = served
+    update = put(key, encode(make_body("tx-1")))
+    for cut in (5, len(update) - 5):
+        for before in (b"", HEALTH, update, HEALTH * 300, update + HEALTH):
+            asked = before.count(HEALTH) + before.count(update)
+            assert await ask_and_end(address, before + update[:cut]) == [200] * asked
+    app.state.services.authenticator._found.clear()
+    assert await ask_and_end(address, update + update[:-5]) == [200]
+
+
+def test_who_sends_nothing_more_is_answered_by_the_served_program(offered: tuple[str, bytes]) -> None:
+    """The program that is served, with its own event loop, answers half-closed clients too."""
+    address, stream = offered
+    assert asyncio.run(ask_and_end(address, stream)) == [200] * 4
+
+
+def hang_up(writer: asyncio.StreamWriter) -> None:
+    """End a connection as a client that is killed does: what was sent arrives, and then word that nobody is there."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def test_what_came_whole_is_recorded_though_nobody_waits(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole updates of a client that is gone before it is known are recorded, those behind the first too; half none."""
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr("voicetx.api.answers.log_request_lines", lines.extend)
+    async with served_app(database_url) as (app, address, key), asyncio.timeout(60):
+        authenticator = app.state.services.authenticator
+        authenticate, going_on, waits = authenticator.authenticate, asyncio.Event(), asyncio.Event()
+
+        async def wait(*given: Any) -> Any:
+            waits.set()
+            await going_on.wait()
+            return await authenticate(*given)
+
+        updates = [put(key, encode(make_body(f"tx-{number}"))) for number in range(10)]
+        with monkeypatch.context() as patch:
+            patch.setattr(authenticator, "authenticate", wait)
+            for sent, end in [
+                (updates[0], hang_up),
+                (updates[1], asyncio.StreamWriter.close),
+                (b"".join(updates[2:5]) + updates[9][:-1], hang_up),
+            ]:
+                waits.clear()
+                async with connection(address) as (_, writer):
+                    protocol = await find_protocol(app, writer)
+                    writer.write(sent)
+                    await waits.wait()
+                    end(writer)
+                    # Where others wait behind it, nobody listens before it is answered.
+                    while not protocol.pipeline and protocol in protocol.connections and not protocol._is_half_closed:
+                        await asyncio.sleep(0)
+            going_on.set()
+            # One whose head is known, and whose dialer has to be asked for again, with others behind it.
+            async with connection(address) as (reader, writer):
+                for _ in range(2):
+                    writer.write(updates[5])
+                    await read_answer(reader)
+                protocol = await find_protocol(app, writer)
+                authenticator._found.clear()
+                protocol.data_received(updates[5].replace(b"tx-5", b"tx-6"))
+                assert protocol._in_hand
+                protocol.data_received(updates[7] + updates[8] + updates[9][:-1])
+                hang_up(writer)
+                protocol.connection_lost(ConnectionResetError())
+            while len([line for line in lines if line["code"] == 200]) < 10:
+                await asyncio.sleep(0.01)
+        rows = await app.state.services.store.read(
+            lambda connection: connection.execute(select(voice_update.c.transaction_id)).scalars().all()
+        )
+    assert sorted(rows) == [f"tx-{number}" for number in range(9)]
+
+
+async def test_who_hangs_up_amid_a_body_is_counted(served: tuple[Any, str, str]) -> None:
+    """Half an update records nothing, and is counted as abandoned, whichever way its client hangs up."""
+    app, address, key = served
+    abandoned = metrics.ABANDONED._value.get()
+    for times, end in enumerate((hang_up, asyncio.StreamWriter.close), start=1):
+        async with connection(address) as (_, writer):
+            protocol = await find_protocol(app, writer)
+            writer.write(put(key, encode(make_body("tx-2")))[:-1])
+            while not protocol._is_amid_request:
+                await asyncio.sleep(0)
+            end(writer)
+            while metrics.ABANDONED._value.get() < abandoned + times:
+                await asyncio.sleep(0.001)
+
+
 async def test_there_are_only_so_many_connections(
     served: tuple[Any, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One connection more than a process takes is closed at once; those that are there go on."""
+    while served[0].state.connections:
+        await asyncio.sleep(0)
     monkeypatch.setattr(ContractProtocol, "_connections_most", 2)
     async with connection(served[1]) as (reader, writer), connection(served[1]) as (other_reader, other_writer):
         for one in (writer, other_writer):

@@ -20,7 +20,7 @@ from bodies import encode, make_body
 from platform_side import make_user, register
 from servers import Service
 from test_app import count_requests_to, served_app
-from test_http_protocol import HEALTH, HEALTHY, connection, put, read_answer
+from test_http_protocol import HEALTH, HEALTHY, connection, hang_up, put, read_answer
 from voicetx import auth
 from voicetx.api.heads import Head, KnownHeads
 from voicetx.contract import UPDATE_PATH
@@ -256,11 +256,12 @@ async def test_who_hangs_up_takes_nothing_away(
     async with in_hand(served, monkeypatch) as (_, writer, going_on):
         protocol = find_in_hand()
         assert protocol.timeout_keep_alive_task is None
-        writer.transport.abort()
+        hang_up(writer)
         while protocol in protocol.connections:
             await asyncio.sleep(0)
-        assert protocol._in_hand is None
         going_on.set()
+        while protocol._in_hand is not None:
+            await asyncio.sleep(0)
     assert await ask(served[1], HEALTH) == [HEALTHY]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 

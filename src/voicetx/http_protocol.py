@@ -8,8 +8,30 @@ whose head was read before, to the last byte, is not parsed again (`voicetx.api.
 
 What no HTTP parser takes is refused in the contract's shape, once all that was asked before it on the connection is
 answered; a method that the parser has never heard of is not supported, as any other (405). Nobody gets more memory or
-time than a request needs: heads, trailers and the requests that wait on one connection are bounded, and a client that
-neither finishes its head nor takes its answers is hung up on (docs/security.md).
+time than a request needs: heads, trailers and the requests that wait on one connection are bounded (docs/security.md),
+and so is every wait, whether its request is the first one of the connection or starts when the one before is answered:
+
+=========  =======================================  ============================================  ====================
+state      what is waited for                       for how long                                  then
+=========  =======================================  ============================================  ====================
+head       the rest of a head, the first one's      two looks: 10 to 20 s                         hung up on
+           start too
+idle       the next head, after an answer           `VOICETX_KEEP_ALIVE_SECONDS`                  closed
+held       the body of an update, for the short     `_PATIENCE_SECONDS`                           state body
+           way
+body       a body, by who answers                   `VOICETX_BODY_TIMEOUT_SECONDS`                408
+spared     the rest of a body that was answered     two looks                                     hung up on
+           before it was whole
+in hand    the answer                               what the step takes: a commit, a statement    500
+queued     the answers to the requests before       theirs together; 8 KiB of requests            state held, or body
+untaken    the client, to take an answer            two looks without a byte taken                hung up on
+refused    the client, to end as it was told to     `_LINGER_SECONDS`                             closed
+leaving    a last request, as the service stops     `_LAST_REQUEST_SECONDS`                       closed
+=========  =======================================  ============================================  ====================
+
+The end of what a client sends is the end of its requests, not of the answers that it is owed: what came whole is done
+and answered, then the connection ends. Also where the client is gone altogether, what came whole is done: who sent it
+cannot know whether it was.
 
 A server may ignore an `Upgrade` offer and answer as if it had not been made (RFC 9110, section 7.8). uvicorn on
 httptools means to, but loses the request's body (its issue 2722), and every stock Java client makes that offer (h2c) on
@@ -49,7 +71,8 @@ _LONG_BODY_BYTES = 32_768  # uvicorn stops reading at twice that, until somebody
 _HEAD_MOST_BYTES = 16_384
 _HEADERS_MOST = 100
 _PIECE_BYTES = 8_192  # parsed at once: no more requests than fit into it wait on a connection
-# How long a client may take for a head, or take nothing of an answer, at most twice that; or for a body, where less.
+# How often it is looked at what a client is waited for. What was waited for then already has had its time; a body's
+# where that is less.
 _LOOK_SECONDS = 10.0
 _LINGER_SECONDS = 1.0  # at the end of a connection that is ended because of what it sent
 _FILES_FOR_OTHERS = 128  # of those that the process may open, beside its connections
@@ -81,8 +104,12 @@ class _Flow(FlowControl):
 
     is_full = False
 
+    def pause_reading(self) -> None:
+        if not self._transport.is_closing():
+            super().pause_reading()
+
     def resume_reading(self) -> None:
-        if not self.is_full:
+        if not (self.is_full or self._transport.is_closing()):
             super().resume_reading()
 
 
@@ -94,6 +121,9 @@ class ContractProtocol(HttpToolsProtocol):
     flow: _Flow
     _held: tuple[RequestResponseCycle, Any] | None = None
     _patience: TimerHandle | None = None
+    _current: RequestResponseCycle | None = None  # what is being answered, or was last
+    _is_half_closed = False  # the client sends nothing more
+    _is_lost = False
     _is_leaving = False
     _is_stopping = False  # told to stop while a request was in hand
     _is_amid_request = False  # the parser has begun one, and not ended it
@@ -105,6 +135,7 @@ class ContractProtocol(HttpToolsProtocol):
     _last_answer: Answer | None = None  # what the connection ends with
     _watch: TimerHandle | None = None
     _cycle_seen: RequestResponseCycle | None = None
+    _was_awaited = True  # the client was, when last looked at
     _unsent_bytes_seen = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -145,39 +176,44 @@ class ContractProtocol(HttpToolsProtocol):
         return True
 
     def _answer_known(self, answer: Answer, request_id: bytes) -> None:
-        if self._in_hand is not None:
-            self._in_hand = None
-            is_last = self._is_stopping and not self._unread
-            self._write_answer(answer, request_id, keep_alive=not is_last)
-            if self._is_stopping and not is_last:
-                self.shutdown()
+        self._in_hand = None
+        if self._is_lost:
+            self._go_on()
+            return
+        is_last = self._is_stopping and not self._unread
+        self._write_answer(answer, request_id, keep_alive=not is_last)
+        if self._is_stopping and not is_last:
+            self.shutdown()
 
     def _parse_in_hand(self) -> None:
-        if self._in_hand is not None:
-            message, self._in_hand = self._in_hand, None
-            self._parse(message)
-            if self._unread:
-                self._read_on()
-            if self._is_stopping:
-                self.shutdown()
+        message, self._in_hand = cast("bytes", self._in_hand), None
+        self._parse(message)
+        if self._unread:
+            self._read_on()
+        if self._is_stopping:
+            self.shutdown()
 
     def _read_on(self) -> None:
         """Parse what is unread, up to where requests wait for those before them."""
         unread = memoryview(self._unread)
-        while unread and not self._must_wait() and self._last_answer is None and not self.transport.is_closing():
+        while unread and not self._must_wait() and self._last_answer is None and self._is_served():
             self._parse(unread[:_PIECE_BYTES])
             unread = unread[_PIECE_BYTES:]
         self._unread = bytes(unread)
         self.flow.is_full = bool(unread)
         if unread:
             self.flow.pause_reading()
+        self._conclude()
+
+    def _is_served(self) -> bool:
+        """Say whether requests are still done: not once we end the connection, but when the client did."""
+        return self._is_lost or not self.transport.is_closing()
 
     def _must_wait(self) -> bool:
         """Say whether what comes next waits for the requests before it."""
         return bool(self.pipeline) or self._in_hand is not None
 
     def _parse(self, piece: bytes | memoryview) -> None:
-        self._unset_keepalive_if_required()
         self._piece_bytes = len(piece)
         self._unsettled_bytes += self._piece_bytes
         try:
@@ -188,8 +224,8 @@ class ContractProtocol(HttpToolsProtocol):
         # Twice, for that counts what came in the same piece before.
         if self._unsettled_bytes > 2 * _HEAD_MOST_BYTES:
             self._end_with(_HEAD_TOO_LARGE)
-        elif self._held is not None and self._patience is None:
-            self._patience = self.loop.call_later(_PATIENCE_SECONDS, self._hand_over)
+        else:
+            self._limit_patience()
 
     def _feed(self, piece: bytes | memoryview) -> None:
         while True:
@@ -217,6 +253,7 @@ class ContractProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         self._is_amid_request = True
+        self._unset_keepalive_if_required()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -231,14 +268,51 @@ class ContractProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.headers = _NOWHERE
 
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio lets it say that the connection stays
+        """Take no more requests; the connection ends when those that came whole are answered."""
+        self._is_half_closed = True
+        self._conclude()
+        return True
+
+    def _conclude(self) -> None:
+        """Where the client sends nothing more, drop what will not be whole, and end the connection if that was all."""
+        if not self._is_half_closed or (self._unread and self._last_answer is None):
+            return
+        self._drop_half_a_request()
+        if not self._owes_an_answer():
+            self.transport.close()
+
+    def _drop_half_a_request(self) -> None:
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # uvicorn says otherwise
+        if cycle is None or not cycle.more_body or cycle.response_complete:
+            return
+        if cycle is self._current:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._hand_over()
+        elif self.pipeline and self.pipeline[0][0] is cycle:
+            self.pipeline.popleft()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of a request whose body will not be whole, and of the answer that nobody takes."""
-        self._hand_over()
-        self._unread = b""
-        self._in_hand = None
+        """Do what came whole, unless it is we who hung up, and let go of all the rest."""
+        if exc is None:
+            self._unread = b""
+            self.pipeline.clear()
+        self._is_lost = self._is_half_closed = True
         if self._watch is not None:
             self._watch.cancel()
+        is_answering = self._is_answering()
+        if self._current is not None and not self._current.response_complete:
+            self._current.disconnected = True
+            self._current.message_event.set()
+        parser = self.parser
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        if self._unread or self._in_hand is not None:
+            self.parser = parser
+        self._conclude()
+        if not is_answering:
+            self._go_on()
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
@@ -255,20 +329,48 @@ class ContractProtocol(HttpToolsProtocol):
         self._unsettled_bytes = self._piece_bytes
         super().on_message_complete()
         self._hand_over()
+        self._await_the_next()
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or end the connection where nothing but that is left."""
+        self.server_state.total_requests += 1
+        if self._is_served():
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Start on the next request, when one is done."""
+        self.flow.resume_reading()
         is_last = not self.pipeline
-        super().on_response_complete()
+        if not is_last:
+            self._start_asgi_task(*self.pipeline.pop())
+            self._limit_patience()
         if self._last_answer is not None:
             if is_last:
                 self._end(self._last_answer)
         elif self._unread and not self._must_wait():
             self._read_on()
             self.flow.resume_reading()
+        self._conclude()
+        self._await_the_next()
+
+    def _await_the_next(self) -> None:
+        """Limit the wait for the next request, where all that came is answered."""
+        if not (
+            self._is_amid_request or self._owes_an_answer() or self._is_lost or self.timeout_keep_alive_task is not None
+        ):
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _limit_patience(self) -> None:
+        """Limit the wait for the body of an update that has been started on and is held."""
+        if self._held is not None and self._patience is None:
+            self._patience = self.loop.call_later(_PATIENCE_SECONDS, self._hand_over)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Start on a request; called when its head is there, or when the answer before it is given."""
+        self._current = cycle
+        cycle.disconnected = self._is_lost
         if self._is_leaving:
             cycle.keep_alive = False
         if cycle.scope["path"] != UPDATE_PATH or cycle.waiting_for_100_continue:
@@ -323,12 +425,39 @@ class ContractProtocol(HttpToolsProtocol):
 
     def _serve(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Have a request go the way of every request."""
-        super()._start_asgi_task(cycle, partial(_run, cycle, app))
+        super()._start_asgi_task(cycle, partial(self._run, cycle, app))
+
+    async def _run(self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        has_body = False
+
+        async def receive_whole() -> Any:
+            """Receive as uvicorn has it, but for a client that is gone: its body, if that is whole, comes before."""
+            nonlocal has_body
+            event = await receive()
+            if event["type"] == "http.disconnect" and not (has_body or cycle.more_body or cycle.response_complete):
+                event = {"type": "http.request", "body": bytes(cycle.body), "more_body": False}
+            has_body = has_body or not event.get("more_body", False)
+            return event
+
+        try:
+            await app(scope, receive_whole, send)
+        except AnswerCut:
+            # uvicorn complains of what is not complete, as of any defect, unless the client is gone.
+            cycle.disconnected = True
+            cycle.transport.close()
+        if self._is_lost:
+            self._finish(cycle)
+
+    def _finish(self, cycle: RequestResponseCycle) -> None:
+        """Take a request whose client is gone for answered."""
+        cycle.response_complete = True
+        self._go_on()
 
     def _answer(
         self, cycle: RequestResponseCycle, head: Head, message: bytes, answer: Answer, request_id: bytes
     ) -> None:
         if cycle.disconnected:
+            self._finish(cycle)
             return
         if message and cycle.keep_alive:
             self.app_state["known_heads"].learn(message, head, len(cycle.body))
@@ -376,9 +505,12 @@ class ContractProtocol(HttpToolsProtocol):
             else:
                 self._end(answer)
 
+    def _is_answering(self) -> bool:
+        cycle = self._current
+        return self._in_hand is not None or (cycle is not None and not (cycle.response_complete or cycle.disconnected))
+
     def _owes_an_answer(self) -> bool:
-        cycle = cast("RequestResponseCycle | None", self.cycle)  # uvicorn says otherwise
-        return self._in_hand is not None or (cycle is not None and not cycle.response_complete)
+        return self._is_answering() or bool(self.pipeline)
 
     def _end(self, answer: Answer) -> None:
         if self.transport.is_closing():
@@ -390,30 +522,29 @@ class ContractProtocol(HttpToolsProtocol):
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)
         log_requests([Ended("unknown", "unknown", request_id, time.perf_counter(), answer.code, None)])
 
+    def resume_writing(self) -> None:
+        """Go on writing: much of what was written has been taken."""
+        self._unsent_bytes_seen = 0
+        super().resume_writing()
+
     def _hang_up_on_the_slow(self) -> None:
-        """Close the connection where nothing has moved since this was last called and the client is to blame."""
+        """Close the connection where the client was waited for when this was last called, and nothing has moved."""
         unsent_bytes = self.transport.get_write_buffer_size()
-        takes_nothing = 0 < self._unsent_bytes_seen <= unsent_bytes
-        sends_no_head = not self._owes_an_answer() and self.timeout_keep_alive_task is None
-        if self.cycle is self._cycle_seen and (takes_nothing or sends_no_head or self.transport.is_closing()):
+        is_awaited = (
+            not self._owes_an_answer() and self.timeout_keep_alive_task is None and not self.transport.is_closing()
+        )
+        if self.cycle is self._cycle_seen and (
+            0 < self._unsent_bytes_seen <= unsent_bytes or (is_awaited and self._was_awaited)
+        ):
             self.transport.abort()
             return
-        self._cycle_seen, self._unsent_bytes_seen = self.cycle, unsent_bytes
+        self._cycle_seen, self._was_awaited, self._unsent_bytes_seen = self.cycle, is_awaited, unsent_bytes
         self._look_again()
 
     def _look_again(self) -> None:
         services = self.app_state.get("services")
         body_seconds = services.settings.body_timeout_seconds if services is not None else _LOOK_SECONDS
         self._watch = self.loop.call_later(min(_LOOK_SECONDS, body_seconds), self._hang_up_on_the_slow)
-
-
-async def _run(cycle: RequestResponseCycle, app: Any, *asgi: Any) -> None:
-    try:
-        await app(*asgi)
-    except AnswerCut:
-        # uvicorn complains of what is not complete, as of any defect, unless the client is gone.
-        cycle.disconnected = True
-        cycle.transport.close()
 
 
 @lru_cache(maxsize=64)

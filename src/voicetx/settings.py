@@ -145,6 +145,12 @@ class Settings(BaseSettings):
     body_timeout_seconds: float = Field(
         30.0, ge=0.1, le=600, description="How long a client may take to send its body."
     )
+    keep_alive_seconds: int = Field(
+        75,
+        ge=1,
+        le=7_200,
+        description="How long a connection is kept for the next request; longer than proxies and clients keep it.",
+    )
     token_lifetime_seconds: int = Field(3_600, ge=1, le=86_400, description="How long an access token is valid.")
     session_lifetime_seconds: int = Field(
         43_200, ge=1, le=604_800, description="How long a browser stays signed in to the dashboard."

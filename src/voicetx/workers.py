@@ -72,6 +72,7 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies or None,
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
         backlog=_BACKLOG,
     )
