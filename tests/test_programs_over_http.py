@@ -241,8 +241,8 @@ def test_the_answer_is_as_documented(instance: Instance, path: str) -> None:
 def test_a_method_that_a_path_has_not_is_told_of_those_it_has(instance: Instance) -> None:
     """405 names every method of a path, also where two endpoints share it."""
     for path, allowed in {
-        "/deployments": "GET, POST",
-        "/deployments/x/transactions": "GET, POST",
+        "/deployments": "GET, HEAD, POST",
+        "/deployments/x/transactions": "GET, HEAD, POST",
         "/receipts": "POST",
     }.items():
         answer = instance.ask("DELETE", path)

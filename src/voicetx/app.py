@@ -34,6 +34,7 @@ from voicetx.api.answers import (
     to_response,
 )
 from voicetx.api.endpoints import RawPath
+from voicetx.api.head_method import HeadMethod
 from voicetx.api.heads import KnownHeads
 from voicetx.api.openapi import DESCRIPTION, SERVERS, TAGS, complete_openapi
 from voicetx.api.pages import PageGuard
@@ -101,6 +102,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, _answer_exception)
     app.add_middleware(RawPath)
     app.add_middleware(PageGuard)
+    app.add_middleware(HeadMethod)
     app.add_middleware(RequestLine)
     complete_openapi(app)
     return app
@@ -134,7 +136,8 @@ def _find_methods(request: Request) -> list[str]:
     """Return the methods that all routes of a path have together; FastAPI names those of the first."""
     path = request.scope["path"]
     routes = [route for route in iter_route_contexts(request.app.routes) if route.path_regex.match(path)]
-    return sorted({method for route in routes for method in route.methods or ()})
+    methods = {method for route in routes for method in route.methods or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _without_traceback(send: Send) -> Send:
