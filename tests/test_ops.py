@@ -1,10 +1,11 @@
-"""What operators load elsewhere: the alert rules and the dashboard speak of metrics that there are."""
+"""What operators load elsewhere: rules and the dashboard speak of metrics that there are, examples can be used."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 
 import alerting
 from voicetx import metrics
+from voicetx.contract import UPDATE_PATH
+from voicetx.settings import Settings
 
 OPS = Path(__file__).parents[1] / "ops"
 
@@ -84,3 +87,89 @@ def test_promtool_finds_the_same() -> None:
     for arguments in (("check", "rules", "alerts.yaml"), ("test", "rules", "alerts_test.yaml")) if promtool else ():
         done = subprocess.run([promtool, *arguments], cwd=OPS, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def find_tool(name: str) -> str | None:
+    """Return the path of a program that CI has (.ci/run), and that may be missing elsewhere."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert found is not None or f"CI_HAS_{name.upper().replace('-', '_')}" not in os.environ
+    return found
+
+
+def read_example(name: str, *, instead: dict[str, str] | None = None) -> str:
+    """Return an example, with some of its paths replaced by what there is on this machine."""
+    text = (OPS / name).read_text()
+    for path, own in (instead or {}).items():
+        assert path in text
+        text = text.replace(path, own)
+    return text
+
+
+def run_tool(*command: str | Path) -> None:
+    """Run a program that says by its status whether it finds anything wrong."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "warn" in done.stderr.lower()) == (0, False), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a certificate and its key, as the examples want them."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key, chain = folder / "privkey.pem", folder / "fullchain.pem"
+    made = ("-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=voicetx.example", "-keyout", key, "-out", chain)
+    subprocess.run(["openssl", "req", *made], capture_output=True, check=True)
+    (folder / "voicetx.pem").write_text(chain.read_text() + key.read_text())
+    return folder
+
+
+def test_nginx_takes_its_example(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Where nginx is, it finds nothing wrong with its example."""
+    if (nginx := find_tool("nginx")) is not None:
+        folder = request.getfixturevalue("certificate")
+        (tmp_path / "voicetx.conf").write_text(read_example("nginx.conf", instead={"/etc/ssl/voicetx": str(folder)}))
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        places = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
+        whole = f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {places} include {tmp_path}/voicetx.conf; }}"
+        (tmp_path / "nginx.conf").write_text(whole)
+        run_tool(nginx, "-t", "-q", "-e", tmp_path / "log", "-c", tmp_path / "nginx.conf")
+
+
+def test_haproxy_takes_its_example(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Where haproxy is, it finds nothing wrong with its example."""
+    if (haproxy := find_tool("haproxy")) is not None:
+        folder = request.getfixturevalue("certificate")
+        path = tmp_path / "haproxy.cfg"
+        path.write_text(read_example("haproxy.cfg", instead={"/etc/ssl/voicetx": str(folder)}))
+        run_tool(haproxy, "-c", "-f", path)
+
+
+def test_systemd_takes_its_example(tmp_path: Path) -> None:
+    """Where systemd's tool is, it finds nothing wrong with the unit."""
+    if (analyze := find_tool("systemd-analyze")) is not None:
+        path = tmp_path / "voicetx.service"
+        program = str(Path(sys.executable).with_name("voicetx"))
+        path.write_text(read_example("voicetx.service", instead={"/opt/voicetx/bin/voicetx": program}))
+        run_tool(analyze, "verify", path)
+
+
+def read_seconds(name: str, pattern: str) -> int:
+    """Return the one number of seconds that an example has at a place."""
+    (seconds,) = re.findall(pattern, read_example(name), re.MULTILINE)
+    return int(seconds)
+
+
+def test_examples_keep_to_the_settings() -> None:
+    """Proxies give up an unused connection before the service does, take the largest body, and know updates by path."""
+    settings = Settings(_env_file=None)
+    assert read_seconds("nginx.conf", r"keepalive 64;[^}]*keepalive_timeout (\d+)s") < settings.keep_alive_seconds
+    assert read_seconds("haproxy.cfg", r"pool-purge-delay (\d+)s") * 2 < settings.keep_alive_seconds
+    assert read_seconds("nginx.conf", r"client_max_body_size (\d+)m") * 1024**2 > settings.bulk_limit_bytes
+    assert f"location = {UPDATE_PATH} {{" in read_example("nginx.conf")
+    assert f"path {UPDATE_PATH} }}" in read_example("haproxy.cfg")
+
+
+def test_the_unit_leaves_time_to_answer_everybody() -> None:
+    """The service manager waits longer than the service may need to stop."""
+    settings = Settings(_env_file=None)
+    needed_seconds = settings.shutdown_timeout_seconds + 3 * settings.commit_timeout_seconds
+    assert read_seconds("voicetx.service", r"^TimeoutStopSec=(\d+)$") > needed_seconds
