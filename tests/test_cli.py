@@ -22,7 +22,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, update
 
 from bodies import encode, make_body
 from platform_side import date_back, make_user, register, run_on, show
@@ -32,6 +32,7 @@ from voicetx.cli import main
 from voicetx.contract import parse
 from voicetx.deployments import list_deployments
 from voicetx.recording import commit_batch
+from voicetx.schema import voice_transaction
 from voicetx.settings import Settings
 from voicetx.store import Received
 from voicetx.tallies import Measure
@@ -437,7 +438,14 @@ def report_some(database_url: str) -> list[dict[str, object]]:
         make_body("tx-2", call_state="3", drop_code="2020"),
     ]
     batch = [Received(parse(encode(body)), user.api_key_id, 90_000) for body in bodies]
-    run_on(database_url, lambda c: commit_batch(c, batch))
+
+    def report(connection: Connection) -> None:
+        commit_batch(connection, batch)
+        connection.execute(
+            update(voice_transaction).where(voice_transaction.c.updates > 0).values(updated_at_ms=90_000)
+        )
+
+    run_on(database_url, report)
     return bodies
 
 

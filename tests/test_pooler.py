@@ -105,14 +105,12 @@ def test_updates_are_recorded_behind_a_pooler(
     async def run() -> None:
         stores = [Store(url, pool_size=2) for _ in range(3)]
 
-        async def record(store: Store, *, expects_first: bool = False) -> Committed:
+        async def record(store: Store) -> Committed:
             batch = receive(*bodies, make_body("nobody"))
-            return await store.write_in_steps(
-                lambda connection: commit_batch(connection, batch, expects_first=expects_first)
-            )
+            return await store.write_in_steps(lambda connection: commit_batch(connection, batch))
 
         try:
-            committed = await asyncio.gather(*(record(store, expects_first=store is stores[0]) for store in stores))
+            committed = await asyncio.gather(*(record(store) for store in stores))
             again = await record(stores[0])
         finally:
             for store in stores:

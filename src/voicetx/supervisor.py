@@ -47,6 +47,7 @@ class Supervisor:
         self._config = config
         self._seats = [_Seat(listener) for listener in listeners]
         self._to_replace: list[tuple[_Seat, _Process | None]] = []
+        self._is_told_to_replace = False
         self._looked_at = 0.0
         self._is_leaving = False
         self._has_served = False
@@ -69,8 +70,8 @@ class Supervisor:
         """Note what a signal tells; it is done in the next turn."""
         if number != signal.SIGHUP:
             self._is_leaving = True
-        elif not self._to_replace:
-            self._to_replace = [(seat, seat.process) for seat in self._seats]
+        else:
+            self._is_told_to_replace = True
 
     def _wait(self, told: socket.socket) -> None:
         """Return when a signal came, a process has said something or ended, or after a while."""
@@ -118,7 +119,14 @@ class Supervisor:
             ended.forget()
 
     def _replace_next(self) -> None:
-        """Take the next step of replacing one process after the other."""
+        """Take the next step of replacing one process after the other.
+
+        Whoever asks while that is under way has all of them replaced once more afterwards: what a new process is to
+        read may have been written meanwhile.
+        """
+        if not self._to_replace and self._is_told_to_replace:
+            self._is_told_to_replace = False
+            self._to_replace = [(seat, seat.process) for seat in self._seats]
         if not self._to_replace:
             return
         seat, old = self._to_replace[0]
