@@ -11,9 +11,9 @@ from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy import Connection
 
-from voicetx.schema import metadata
 from voicetx.settings import Settings, describe_faults
-from voicetx.store import StoreUnavailable, open_store
+from voicetx.storage.schema import metadata
+from voicetx.storage.store import StoreUnavailable, open_store
 
 
 def run(connection: Connection) -> None:

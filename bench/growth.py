@@ -29,11 +29,11 @@ import load
 import platform_side
 from run import describe_machine
 from servers import PostgreSQL, Service
-from voicetx import tallies
-from voicetx.contract import parse
-from voicetx.recording import commit_batch
-from voicetx.store import Received, Store
-from voicetx.tallies import Sent
+from voicetx.contract.update import parse
+from voicetx.counting import tallies
+from voicetx.counting.tallies import Sent
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.store import Received, Store
 
 _CAMPAIGN = 100_000
 _UPDATES_EACH = 3

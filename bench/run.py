@@ -31,9 +31,9 @@ import platform_side
 from contenders import Peer
 from load import Run
 from servers import PostgreSQL, Service, Valkey
-from voicetx.schema import voice_update
+from voicetx.server.workers import count_workers
 from voicetx.settings import Settings
-from voicetx.workers import count_workers
+from voicetx.storage.schema import voice_update
 
 # More than any run reaches; the throttle is asked all the same.
 _SETTINGS = {"VOICETX_THROTTLE": "1000000/second"}

@@ -8,12 +8,12 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from voicetx import auth
-from voicetx.auth import ApiUser, Grant
-from voicetx.contract import parse
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.recording import commit_batch
-from voicetx.store import Received
+from voicetx.access import authenticator
+from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.contract.update import parse
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.store import Received
 
 DEPLOYMENT = "spring-renewal"
 STORY = "call-000042"
@@ -45,7 +45,7 @@ def make_campaign(connection: Connection, *, transactions: int = 4_000, reported
     register_transactions(connection, "winter-survey", [f"winter-{number:04}" for number in range(600)])
     create_deployment(connection, DEPLOYMENT, "Spring renewal")
     register_transactions(connection, DEPLOYMENT, [f"call-{number:06}" for number in range(1, transactions + 1)])
-    senders = [auth.add_user(connection, name, [Grant.TRANSACTIONS_UPDATE])[0] for name in _SENDERS]
+    senders = [authenticator.add_user(connection, name, [Grant.TRANSACTIONS_UPDATE])[0] for name in _SENDERS]
     batch = []
     for number in chance.sample(range(1, transactions + 1), reported):
         name = f"call-{number:06}"

@@ -21,9 +21,9 @@ from structlog.processors import KeyValueRenderer, add_log_level
 from bodies import PRIVATE
 from dialer import Evidence
 from servers import PostgreSQL, Service, Valkey, is_foreign
-from voicetx import migrations
 from voicetx.logs import describe_exception
-from voicetx.store import Store
+from voicetx.storage import migrations
+from voicetx.storage.store import Store
 
 _CREDENTIAL = re.compile(r"\bv(sk|at)_[\w-]{8,}")
 

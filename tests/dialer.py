@@ -22,10 +22,10 @@ from sqlalchemy import Connection, select
 from bodies import PRIVATE, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
-from voicetx.contract import UPDATE_PATH, Update, parse, restore
-from voicetx.merge import Transaction, fold
-from voicetx.schema import voice_update
-from voicetx.store import look_up
+from voicetx.contract.merge import Transaction, fold
+from voicetx.contract.update import UPDATE_PATH, Update, parse, restore
+from voicetx.storage.schema import voice_update
+from voicetx.storage.store import look_up
 
 TRANSACTIONS = 50
 _GIVE_UP_SECONDS = 60

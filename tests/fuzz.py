@@ -25,8 +25,8 @@ from hostile import DIGITS, NUMBER, hostile_bodies, hostile_streams
 from platform_side import make_user, register, show
 from servers import PostgreSQL, Service, run_command
 from voicetx.api.bulk import BULK_PATH
-from voicetx.contract import UPDATE_PATH
-from voicetx.errors import Refusal
+from voicetx.contract.refusals import Refusal
+from voicetx.contract.update import UPDATE_PATH
 
 _ROWS = {refusal.value for refusal in Refusal if refusal is not Refusal.INTERNAL}
 _UPDATE_CODES = {200, 1001, 1002, 1010, 413, 499}

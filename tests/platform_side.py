@@ -6,12 +6,12 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, update
 
-from voicetx import auth
-from voicetx.auth import ApiUser, Grant
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.reports import TransactionReport, report_transaction
-from voicetx.schema import voice_transaction
-from voicetx.store import Store
+from voicetx.access import authenticator
+from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.reading.reports import TransactionReport, report_transaction
+from voicetx.storage.schema import voice_transaction
+from voicetx.storage.store import Store
 
 T = TypeVar("T")
 
@@ -39,7 +39,9 @@ def make_user(
     call_limit: str | None = HIGH_LIMIT,
 ) -> tuple[ApiUser, str]:
     """Make an API user and return it with its secret key."""
-    return run_on(database_url, lambda connection: auth.add_user(connection, name, grants, call_limit=call_limit))
+    return run_on(
+        database_url, lambda connection: authenticator.add_user(connection, name, grants, call_limit=call_limit)
+    )
 
 
 def register(database_url: str, ids: Iterable[str], deployment_id: str = "campaign") -> None:

@@ -536,7 +536,7 @@ class Service(Server):
 
     def find_writers(self) -> set[int]:
         """Return the processes that write to a database file."""
-        return self._find_processes("voicetx.own_process")
+        return self._find_processes("voicetx.storage.writer_process")
 
     def _find_processes(self, what: str) -> set[int]:
         found = set()

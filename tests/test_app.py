@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from prometheus_client import Histogram
 
 from bodies import encode, make_body
-from voicetx import auth, metrics
+from voicetx import metrics
+from voicetx.access import authenticator
+from voicetx.access.authenticator import Authenticator, Grant
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.receipts import RECEIPTS_PATH
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.app import create_app
-from voicetx.auth import Authenticator, Grant
-from voicetx.contract import UPDATE_PATH
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.http_protocol import ContractProtocol
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.contract.update import UPDATE_PATH
+from voicetx.server.app import create_app
+from voicetx.server.protocol import ContractProtocol
 from voicetx.services import Services
 from voicetx.settings import Settings
 
@@ -44,7 +45,7 @@ async def running_app(database_url: str, **values: Any) -> AsyncIterator[tuple[F
         def prepare(connection: Any) -> str:
             create_deployment(connection, "campaign", None)
             register_transactions(connection, "campaign", IDS)
-            return auth.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE])[1]
+            return authenticator.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE])[1]
 
         yield app, services, await services.store.write(prepare)
 
@@ -191,7 +192,7 @@ async def test_an_encoded_body_is_not_taken(
 
 async def test_updates_go_the_short_way(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An update of a known dialer, whole or in pieces, does not get to the application; every other request does."""
-    monkeypatch.setattr("voicetx.http_protocol._PATIENCE_SECONDS", 60.0)  # on a machine that is busy
+    monkeypatch.setattr("voicetx.server.protocol._PATIENCE_SECONDS", 60.0)  # on a machine that is busy
     async with served_app(database_url, credential_cache_seconds=4) as (app, address, key):
         authorization = {"authorization": f"Bearer {key}"}
         async with httpx.AsyncClient(base_url=address, headers=authorization) as client:
@@ -342,7 +343,7 @@ async def test_a_body_that_comes_slowly_is_waited_for(
     served: tuple[FastAPI, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A body that takes longer than a moment is waited for on the way of every request, and its update recorded."""
-    monkeypatch.setattr("voicetx.http_protocol._PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("voicetx.server.protocol._PATIENCE_SECONDS", 0)
     app, address, key = served
     paths = count_requests_to(app, monkeypatch)
     async with pieces(address, key, encode(make_body("tx-3"))) as answers:
@@ -384,7 +385,7 @@ async def test_an_unforeseen_exception_is_answered_in_the_contracts_shape(
 
     app, address, key = served
     monkeypatch.setattr("voicetx.api.updates.parse", fail)
-    monkeypatch.setattr("voicetx.migrations.check", fail)
+    monkeypatch.setattr("voicetx.storage.migrations.check", fail)
     for client in [httpx.AsyncClient(base_url=address), connect(app)]:
         async with client:
             for method, path in [("PUT", UPDATE_PATH), ("GET", "/readyz"), ("PUT", UPDATE_PATH)]:

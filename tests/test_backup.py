@@ -15,10 +15,10 @@ from dialer import read_history
 from platform_side import make_user, register, run_on, show
 from servers import Service, run_command, wait_until
 from test_cli import fail, invoke, run
-from voicetx import backup
-from voicetx.backup import BackupRefused, Content, back_up
-from voicetx.contract import UPDATE_PATH, parse
-from voicetx.migrations import HEAD
+from voicetx.contract.update import UPDATE_PATH, parse
+from voicetx.storage import backup
+from voicetx.storage.backup import BackupRefused, Content, back_up
+from voicetx.storage.migrations import HEAD
 
 
 def test_a_backup_under_load_holds_all_that_was_acknowledged(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from platform_side import make_user, register, show
 from servers import Service
 from test_app import connect, running_app
 from test_contract import BAD_VALUES, NOT_JSON
+from voicetx.access.authenticator import Grant
 from voicetx.api.bodies import LineSplitter
 from voicetx.api.bulk import BULK_PATH
-from voicetx.auth import Grant
-from voicetx.contract import UPDATE_PATH
-from voicetx.errors import Refusal
+from voicetx.contract.refusals import Refusal
+from voicetx.contract.update import UPDATE_PATH
 
 LIMIT_BYTES = 2_000_000
 LIMIT_LINES = 5_000

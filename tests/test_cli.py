@@ -27,15 +27,15 @@ from sqlalchemy import Connection, update
 from bodies import encode, make_body
 from platform_side import date_back, make_user, register, run_on, show
 from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, run_command, wait_until
-from voicetx import activity, tallies
+from voicetx.campaigns.deployments import list_deployments
 from voicetx.cli import main
-from voicetx.contract import parse
-from voicetx.deployments import list_deployments
-from voicetx.recording import commit_batch
-from voicetx.schema import voice_transaction
+from voicetx.contract.update import parse
+from voicetx.counting import activity, tallies
+from voicetx.counting.tallies import Measure
+from voicetx.recording.recorder import commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Received
-from voicetx.tallies import Measure
+from voicetx.storage.schema import voice_transaction
+from voicetx.storage.store import Received
 
 
 def invoke(database_url: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:

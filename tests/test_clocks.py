@@ -13,17 +13,17 @@ from sqlalchemy import Connection
 
 from bodies import TROMBONE, encode, make_body
 from test_app import served_app
-from voicetx import auth
-from voicetx.auth import Grant
-from voicetx.clocks import find_set_back, measure_seconds, place_end
-from voicetx.contract import UPDATE_PATH, Update, parse
+from voicetx.access import authenticator
+from voicetx.access.authenticator import Grant
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.contract.clocks import find_set_back, measure_seconds, place_end
+from voicetx.contract.merge import fold
+from voicetx.contract.refusals import Rejected
+from voicetx.contract.update import UPDATE_PATH, Update, parse
 from voicetx.dashboard.history import judge_history
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.errors import Rejected
-from voicetx.merge import fold
-from voicetx.recording import commit_batch
-from voicetx.reports import report_deployment, report_transaction
-from voicetx.store import Received, Store
+from voicetx.reading.reports import report_deployment, report_transaction
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.store import Received, Store
 
 # When clocks were set back, and by how much: by an hour, by half of one, by two.
 CHANGES = [
@@ -149,7 +149,7 @@ async def test_the_zone_of_the_api_user_counts(database_url: str) -> None:
         async with httpx.AsyncClient(base_url=base_url) as client:
             for zone, taken in ((None, True), ("Europe/Paris", True), ("UTC", False)):
                 _, key = await store.write(
-                    lambda connection, zone=zone: auth.add_user(
+                    lambda connection, zone=zone: authenticator.add_user(
                         connection, f"in {zone}", [Grant.TRANSACTIONS_UPDATE], time_zone=zone
                     )
                 )

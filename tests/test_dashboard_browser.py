@@ -22,8 +22,8 @@ from campaign import DEPLOYMENT, STORY, make_campaign
 from conftest import make_database
 from platform_side import make_user, register, run_on
 from servers import Service
-from voicetx.auth import Grant
-from voicetx.contract import UPDATE_PATH
+from voicetx.access.authenticator import Grant
+from voicetx.contract.update import UPDATE_PATH
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 OVERVIEW = f"/dashboard/deployment?id={DEPLOYMENT}"

@@ -6,7 +6,7 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voicetx.deployments import FileFormat, Line, Loading, read_lines
+from voicetx.campaigns.deployments import FileFormat, Line, Loading, read_lines
 
 UNCLOSED = "not CSV: a quote on this line is not closed"
 CELLS = st.text('ab,"\r\n \u00e9', max_size=6)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from conftest import migrate
-from voicetx import activity, duties, metrics, tallies
+from voicetx import duties, metrics
+from voicetx.counting import activity, tallies
 from voicetx.duties import Duty, do_all, held, repeat
 from voicetx.services import Services
 from voicetx.settings import Settings
-from voicetx.store import open_store
+from voicetx.storage.store import open_store
 
 pytestmark = pytest.mark.anyio
 

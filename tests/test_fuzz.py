@@ -24,8 +24,8 @@ from bodies import TROMBONE, encode, make_body
 from fuzz import Fuzzer, fuzzing, run_round
 from hostile import DIGITS, NUMBER
 from platform_side import make_user, register
-from voicetx.app import create_app
-from voicetx.auth import Grant
+from voicetx.access.authenticator import Grant
+from voicetx.server.app import create_app
 from voicetx.settings import Settings
 
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from voicetx.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
+from voicetx.recording.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
 
 pytestmark = pytest.mark.anyio
 

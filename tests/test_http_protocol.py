@@ -20,11 +20,12 @@ from sqlalchemy import select
 
 from bodies import encode, make_body
 from test_app import count_requests_to, served_app
-from voicetx import auth, metrics
+from voicetx import metrics
+from voicetx.access import authenticator
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.contract import UPDATE_PATH
-from voicetx.http_protocol import _HEAD_MOST_BYTES, ContractProtocol
-from voicetx.schema import voice_update
+from voicetx.contract.update import UPDATE_PATH
+from voicetx.server.protocol import _HEAD_MOST_BYTES, ContractProtocol
+from voicetx.storage.schema import voice_update
 
 pytestmark = pytest.mark.anyio
 
@@ -276,7 +277,7 @@ async def test_a_head_that_does_not_come_is_not_waited_for(
 ) -> None:
     """A connection whose client sends no head, or never the end of it, is closed, and nobody else's is."""
     _, address, key = served
-    monkeypatch.setattr("voicetx.http_protocol._LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("voicetx.server.protocol._LOOK_SECONDS", 0.2)
     async with connection(address) as (reader, writer), connection(address) as (other_reader, other_writer):
         writer.write(sent)
         answers = asyncio.create_task(read_until_closed(reader))
@@ -301,7 +302,7 @@ async def test_a_client_that_takes_no_answers_is_hung_up_on(
     served: tuple[Any, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks and asks and reads no answer loses the connection, while who reads slowly gets everything."""
-    monkeypatch.setattr("voicetx.http_protocol._LOOK_SECONDS", 0.3)
+    monkeypatch.setattr("voicetx.server.protocol._LOOK_SECONDS", 0.3)
     address = served[1]
     page = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: x\r\n\r\n"
     async with connection(address) as (reader, writer), connection(address) as (slow_reader, slow_writer):
@@ -638,7 +639,7 @@ async def test_who_is_in_doubt_is_nobody(served: tuple[Any, str, str]) -> None:
             ]
             assert [answer.status_code for answer in answers] == [200, 401, 401, 401]
             assert {answer.json()["code"] for answer in answers[1:]} == {498}
-        user = await app.state.services.store.read(lambda connection: auth.find_user(connection, "dialer"))
+        user = await app.state.services.store.read(lambda connection: authenticator.find_user(connection, "dialer"))
         pair = ("authorization", "Basic " + b64encode(f"{user.api_key_id}:{key}".encode()).decode())
         query = {"grant_type": "client_credentials"}
         answers = [await client.post(TOKEN_PATH, params=query, headers=headers) for headers in ([pair], [pair, bad])]

@@ -21,10 +21,10 @@ from platform_side import make_user, register
 from servers import Service
 from test_app import count_requests_to, served_app
 from test_http_protocol import HEALTH, HEALTHY, connection, hang_up, put, read_answer
-from voicetx import auth
-from voicetx.api.heads import Head, KnownHeads
-from voicetx.contract import UPDATE_PATH
-from voicetx.http_protocol import ContractProtocol
+from voicetx.access import authenticator
+from voicetx.contract.update import UPDATE_PATH
+from voicetx.server.heads import Head, KnownHeads
+from voicetx.server.protocol import ContractProtocol
 
 pytestmark = pytest.mark.anyio
 
@@ -106,7 +106,7 @@ async def test_what_is_refused_is_refused_on_the_way_of_every_request(
     app, address, key = served
     services = app.state.services
     user, other_key = await services.store.write(
-        lambda connection: auth.add_user(connection, "revoked", [auth.Grant.TRANSACTIONS_UPDATE])
+        lambda connection: authenticator.add_user(connection, "revoked", [authenticator.Grant.TRANSACTIONS_UPDATE])
     )
     good = put(other_key, encode(make_body("tx-1")))
     await ask(address, good, 3)
@@ -116,7 +116,7 @@ async def test_what_is_refused_is_refused_on_the_way_of_every_request(
     parsed.clear()
     assert await ask(address, good) == [{"transaction-id": "tx-1"}]
     assert (paths, parsed) == ([], [])
-    await services.store.write(lambda connection: auth.delete_user(connection, user))
+    await services.store.write(lambda connection: authenticator.delete_user(connection, user))
     services.authenticator._found.clear()  # what it does by itself, a moment later
     assert [answer["code"] for answer in await ask(address, good, 2)] == [498] * 2
     assert paths == [UPDATE_PATH] * 2
@@ -181,7 +181,7 @@ async def test_each_head_says_what_it_says_itself(
     """Of two dialers that share a connection each is known by its own heads, however close their updates come."""
     app, address, key = served
     _, other_key = await app.state.services.store.write(
-        lambda connection: auth.add_user(connection, "other dialer", [auth.Grant.TRANSACTIONS_UPDATE])
+        lambda connection: authenticator.add_user(connection, "other dialer", [authenticator.Grant.TRANSACTIONS_UPDATE])
     )
     one, other = (put(each, encode(make_body("tx-1")), "x-test: shared") for each in (key, other_key))
     await ask(address, put(other_key, encode(make_body("tx-1")), "x-test: is known"))
@@ -387,7 +387,7 @@ def test_what_is_not_one_message_is_not_known() -> None:
 
 def test_only_so_many_heads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more heads than are kept the oldest are forgotten; none is kept itself, for it holds a secret key."""
-    monkeypatch.setattr("voicetx.api.heads._HEADS_MOST", 3)
+    monkeypatch.setattr("voicetx.server.heads._HEADS_MOST", 3)
     heads = KnownHeads()
     messages = [b"PUT / HTTP/1.1\r\nauthorization: Bearer secret-%d\r\n\r\nbody" % number for number in range(5)]
     for message in messages:

@@ -16,15 +16,15 @@ from sqlalchemy import Connection, update
 
 from bodies import encode, make_body, updates_of
 from platform_side import is_anybody_waiting
-from voicetx import listings
-from voicetx.contract import parse
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.listings import ANYTHING, Filters, ListedTransaction, Receipt, find_receipts, list_transactions
-from voicetx.merge import contradicts, is_final
-from voicetx.recording import Recorder, commit_batch
-from voicetx.schema import deployment, voice_transaction
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.contract.merge import contradicts, is_final
+from voicetx.contract.update import parse
+from voicetx.reading import listings
+from voicetx.reading.listings import ANYTHING, Filters, ListedTransaction, Receipt, find_receipts, list_transactions
+from voicetx.recording.recorder import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Received, Store, find_complete_until
+from voicetx.storage.schema import deployment, voice_transaction
+from voicetx.storage.store import Received, Store, find_complete_until
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import TROMBONE, encode, make_body, updates_of
-from voicetx.contract import Update, parse
-from voicetx.merge import Transaction, apply, contradicts, fold
+from voicetx.contract.merge import Transaction, apply, contradicts, fold
+from voicetx.contract.update import Update, parse
 
 
 def merge_in_order(updates: Sequence[Update]) -> Transaction:

@@ -20,18 +20,20 @@ from bodies import encode, make_body, updates_of
 from conftest import EVERY_DATABASE, make_database
 from servers import PostgreSQL, run_command
 from test_tallies import count_plainly, read_tallies
-from voicetx import folding, migrations, retention, tallies
+from voicetx.access.authenticator import Authenticator
+from voicetx.access.throttle import Throttle
 from voicetx.api import operations
-from voicetx.auth import Authenticator
-from voicetx.contract import parse, restore
-from voicetx.merge import Transaction, fold
-from voicetx.migrations import HEAD, SchemaOutdated
-from voicetx.recording import Outcome, commit_batch
-from voicetx.reports import report_transaction
-from voicetx.schema import FIELD_NAMES, metadata
+from voicetx.campaigns import retention
+from voicetx.contract.merge import Transaction, fold
+from voicetx.contract.update import parse, restore
+from voicetx.counting import folding, tallies
+from voicetx.reading.reports import report_transaction
+from voicetx.recording.recorder import Outcome, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import DatabaseUnfit, Received, Store, look_up
-from voicetx.throttle import Throttle
+from voicetx.storage import migrations
+from voicetx.storage.migrations import HEAD, SchemaOutdated
+from voicetx.storage.schema import FIELD_NAMES, metadata
+from voicetx.storage.store import DatabaseUnfit, Received, Store, look_up
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +55,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 async def test_migrations_build_the_schema_that_the_code_expects(database_url: str) -> None:
-    """After the migrations nothing distinguishes the database from `voicetx.schema` (alembic check)."""
+    """After the migrations nothing distinguishes the database from `voicetx.storage.schema` (alembic check)."""
     store = Store(database_url)
     assert await migrations.find_differences(store) == []
     await store.close()

@@ -20,9 +20,9 @@ from servers import PostgreSQL, Service, find_free_port, wait_until
 from voicetx import __version__
 from voicetx.api.operations import describe_database
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.contract import UPDATE_PATH
-from voicetx.migrations import HEAD
-from voicetx.store import Store
+from voicetx.contract.update import UPDATE_PATH
+from voicetx.storage.migrations import HEAD
+from voicetx.storage.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_file_without_room_is_not_ready(
                 await asyncio.wait([asking], timeout=0.1)
                 other.rollback()
                 assert await asking == "ready"
-            monkeypatch.setattr("voicetx.store._ROOM_BYTES", 1 << 62)
+            monkeypatch.setattr("voicetx.storage.store._ROOM_BYTES", 1 << 62)
             assert await describe_database(store) == "not writable"
         finally:
             await store.close()

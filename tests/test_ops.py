@@ -14,7 +14,7 @@ import yaml
 
 import alerting
 from voicetx import metrics
-from voicetx.contract import UPDATE_PATH
+from voicetx.contract.update import UPDATE_PATH
 from voicetx.settings import Settings
 
 OPS = Path(__file__).parents[1] / "ops"

@@ -19,10 +19,10 @@ from bodies import encode, make_body
 from conftest import migrate
 from platform_side import register, show
 from servers import has_ended, wait_until
-from voicetx.contract import parse
-from voicetx.own_process import OwnProcess, ProcessLost
-from voicetx.recording import Outcome, commit_batch
-from voicetx.store import Received, Store, StoreUnavailable, ValueRefused
+from voicetx.contract.update import parse
+from voicetx.recording.recorder import Outcome, commit_batch
+from voicetx.storage.store import Received, Store, StoreUnavailable, ValueRefused
+from voicetx.storage.writer_process import OwnProcess, ProcessLost
 
 pytestmark = pytest.mark.anyio
 
@@ -106,7 +106,7 @@ def test_it_ends_with_who_started_it(tmp_path: Path) -> None:
     script = tmp_path / "starts.py"
     script.write_text(
         "import asyncio, os\n"
-        "from voicetx.own_process import OwnProcess\n"
+        "from voicetx.storage.writer_process import OwnProcess\n"
         "async def main():\n"
         "    print(await OwnProcess().run(os.getpid), flush=True)\n"
         "    await asyncio.Event().wait()\n"

@@ -15,8 +15,8 @@ from dialer import Dialer, Evidence, prepare_campaign
 from platform_side import register, run_on
 from servers import PgBouncer, PostgreSQL, Service, run_command
 from test_recording import receive
-from voicetx.recording import Committed, Outcome, commit_batch
-from voicetx.store import Store, ValueRefused
+from voicetx.recording.recorder import Committed, Outcome, commit_batch
+from voicetx.storage.store import Store, ValueRefused
 
 
 @pytest.fixture(scope="module", autouse=True)

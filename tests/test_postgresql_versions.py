@@ -11,8 +11,8 @@ import httpx
 from bodies import encode, make_body
 from platform_side import make_user, register, show
 from servers import PostgreSQL, Service
-from voicetx.auth import Grant
-from voicetx.contract import UPDATE_PATH
+from voicetx.access.authenticator import Grant
+from voicetx.contract.update import UPDATE_PATH
 
 ROOT = Path(__file__).parents[1]
 

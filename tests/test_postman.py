@@ -13,7 +13,7 @@ import pytest
 
 from platform_side import register, show
 from servers import Service, run_command
-from voicetx.errors import Refusal
+from voicetx.contract.refusals import Refusal
 
 ROOT = Path(__file__).parents[1]
 COLLECTION = ROOT / "postman" / "voicetx.postman_collection.json"

@@ -17,15 +17,15 @@ from sqlalchemy import func, select, text
 
 from bodies import encode, make_body, updates_of
 from conftest import EVERY_DATABASE, make_database
-from voicetx.contract import Update, parse
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.errors import Refusal, Rejected
-from voicetx.merge import Transaction, fold
-from voicetx.recording import Outcome, Recorder, commit_batch
-from voicetx.reports import TransactionReport, report_transaction
-from voicetx.schema import voice_update
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.contract.merge import Transaction, fold
+from voicetx.contract.refusals import Refusal, Rejected
+from voicetx.contract.update import Update, parse
+from voicetx.reading.reports import TransactionReport, report_transaction
+from voicetx.recording.recorder import Outcome, Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Batch, Received, Store, StoreUnavailable, ValueRefused, look_up
+from voicetx.storage.schema import voice_update
+from voicetx.storage.store import Batch, Received, Store, StoreUnavailable, ValueRefused, look_up
 
 pytestmark = pytest.mark.anyio
 

@@ -15,12 +15,13 @@ from sqlalchemy import Connection, select
 
 from bodies import encode, updates_of
 from test_tallies import seconds
-from voicetx import activity, auth, tallies
-from voicetx.contract import DropCode, parse
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.folding import Folder
-from voicetx.recording import commit_batch
-from voicetx.reports import (
+from voicetx.access import authenticator
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.contract.update import DropCode, parse
+from voicetx.counting import activity, tallies
+from voicetx.counting.folding import Folder
+from voicetx.counting.tallies import Measure
+from voicetx.reading.reports import (
     CALL_STATES,
     DROP_CODES,
     Meaning,
@@ -30,9 +31,9 @@ from voicetx.reports import (
     report_deployment,
     report_users,
 )
-from voicetx.schema import api_user, voice_transaction, voice_update
-from voicetx.store import Received, Store
-from voicetx.tallies import Measure
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.schema import api_user, voice_transaction, voice_update
+from voicetx.storage.store import Received, Store
 
 IDS = [f"tx-{number}" for number in range(8)]
 ZONES = ["UTC", "Asia/Kolkata", "America/New_York"]
@@ -150,7 +151,7 @@ def test_a_report_is_what_a_plain_count_says(
         name = f"run-{uuid4().hex}"
 
         def work(connection: Connection) -> None:
-            users = [auth.add_user(connection, f"{name}-{number}", [])[0].api_key_id for number in range(2)]
+            users = [authenticator.add_user(connection, f"{name}-{number}", [])[0].api_key_id for number in range(2)]
             users.append(uuid4())
             create_deployment(connection, name, None)
             register_transactions(connection, name, [f"{name}/{transaction_id}" for transaction_id in IDS])
@@ -194,7 +195,7 @@ def test_what_users_did_is_counted_by_the_days_asked_for(
         def work(connection: Connection) -> list[dict[str, Any]]:
             tallies.forget(connection, activity.DEPLOYMENT)
             name = uuid4().hex
-            users = [auth.add_user(connection, f"{name}-{number}", [])[0] for number in range(2)]
+            users = [authenticator.add_user(connection, f"{name}-{number}", [])[0] for number in range(2)]
             keys = [*(user.api_key_id for user in users), uuid4()]
             shown = [*(user.name for user in users), str(keys[2])]
             expected: dict[str, dict[str, Any]] = {}

@@ -13,17 +13,19 @@ from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from bodies import TROMBONE, encode, make_body
 from platform_side import HIGH_LIMIT, date_back
-from voicetx import auth, recording, retention
-from voicetx.auth import Grant
-from voicetx.contract import parse, restore
-from voicetx.deployments import create_deployment, list_deployments, register_transactions
-from voicetx.errors import Rejected
-from voicetx.merge import fold
-from voicetx.privacy import digest_number
-from voicetx.recording import commit_batch
-from voicetx.reports import TransactionReport, report_transaction
-from voicetx.retention import AuditRecord, Erased, Purged, StillReported
-from voicetx.schema import (
+from voicetx.access import authenticator
+from voicetx.access.authenticator import Grant
+from voicetx.campaigns import retention
+from voicetx.campaigns.deployments import create_deployment, list_deployments, register_transactions
+from voicetx.campaigns.retention import AuditRecord, Erased, Purged, StillReported
+from voicetx.contract.merge import fold
+from voicetx.contract.privacy import digest_number
+from voicetx.contract.refusals import Rejected
+from voicetx.contract.update import parse, restore
+from voicetx.reading.reports import TransactionReport, report_transaction
+from voicetx.recording import recorder
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.schema import (
     FIELD_NAMES,
     access_token,
     audit_record,
@@ -32,7 +34,7 @@ from voicetx.schema import (
     voice_transaction,
     voice_update,
 )
-from voicetx.store import Received, Store, look_up
+from voicetx.storage.store import Received, Store, look_up
 
 pytestmark = pytest.mark.anyio
 
@@ -128,10 +130,14 @@ async def fill(store: Store) -> None:
 
 def add_tokens(connection: Connection) -> None:
     """Make three access tokens: one long expired, one a moment ago, one valid."""
-    _, key = auth.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE], call_limit=HIGH_LIMIT)
+    _, key = authenticator.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE], call_limit=HIGH_LIMIT)
     now_ms = time.time_ns() // 1_000_000
     for number, expires_at_ms in enumerate((now_ms - 2 * 86_400_000, now_ms - 60_000, now_ms + 60_000)):
-        values = {"digest": bytes([number]) * 32, "secret_digest": auth._digest(key), "expires_at_ms": expires_at_ms}
+        values = {
+            "digest": bytes([number]) * 32,
+            "secret_digest": authenticator._digest(key),
+            "expires_at_ms": expires_at_ms,
+        }
         connection.execute(insert(access_token).values(values))
 
 
@@ -293,7 +299,7 @@ async def test_an_update_whose_transaction_is_purged_under_it(
     """
     await make_deployment(store, "old", ["tx-1", "tx-2"])
     await record(store, make_body("tx-1"), make_body("tx-2"))
-    before_first(monkeypatch, recording, "record_changes", elsewhere(database_url, purge))
+    before_first(monkeypatch, recorder, "record_changes", elsewhere(database_url, purge))
     outcomes = await record(
         store,
         make_body("tx-1", message="new"),
@@ -509,14 +515,14 @@ async def test_a_number_that_is_written_back_is_masked_again(
 
     async def update_elsewhere(other: Store) -> None:
         # Read before the masking, written after it.
-        original = recording.record_changes
+        original = recorder.record_changes
 
         def record_late(*arguments: Any) -> Any:
             reading.set()
             assert masked.wait(60)
             return original(*arguments)
 
-        monkeypatch.setattr(recording, "record_changes", record_late)
+        monkeypatch.setattr(recorder, "record_changes", record_late)
         await record(other, make_body("tx-1", message="new", call_endtime="2026-03-01 09:05:00.000"))
 
     reading = threading.Event()

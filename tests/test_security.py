@@ -14,12 +14,12 @@ from platform_side import make_user, register, run_on
 from servers import Service, wait_until
 from test_app import connect, running_app
 from test_cli import invoke
-from voicetx import auth
+from voicetx.access import authenticator
+from voicetx.access.authenticator import Grant
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.pages import _allow
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.auth import Grant
-from voicetx.contract import UPDATE_PATH
+from voicetx.contract.update import UPDATE_PATH
 from voicetx.dashboard.pages import is_page
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ async def test_no_route_answers_without_a_credential_but_those_named(database_ur
     """Each route but the open ones refuses strangers with 401, and an API user without grants with 430 or a page."""
     met = set()
     async with running_app(database_url) as (app, services, _), connect(app) as client:
-        _, key = await services.store.write(lambda connection: auth.add_user(connection, "nobody", []))
+        _, key = await services.store.write(lambda connection: authenticator.add_user(connection, "nobody", []))
         session = await services.authenticator.open_session(key, "")
         for path, methods in walk(app.routes):
             met.add(path)
@@ -111,9 +111,9 @@ def test_what_is_taken_away_is_gone_in_every_process(database_url: str) -> None:
         credentials["token"] = asked.json()["access_token"]
 
         def take_away(connection: Any) -> None:
-            auth.delete_key(connection, auth.find_user(connection, "key"), 1)
-            auth.delete_user(connection, users["user"][0])
-            auth.set_grants(connection, users["grant"][0], [Grant.TRANSACTIONS_READ])
+            authenticator.delete_key(connection, authenticator.find_user(connection, "key"), 1)
+            authenticator.delete_user(connection, users["user"][0])
+            authenticator.set_grants(connection, users["grant"][0], [Grant.TRANSACTIONS_READ])
 
         run_on(database_url, take_away)
         for name, code in {"key": 498, "user": 498, "grant": 430, "token": 498}.items():
@@ -176,7 +176,7 @@ def test_behind_a_trusted_proxy_the_last_stranger_counts(database_url: str, prox
 async def test_a_lookup_alone_lets_nobody_in(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that was found counts only if its digest compares equal in constant time."""
     async with running_app(database_url) as (app, _, key), connect(app) as client:
-        monkeypatch.setattr("voicetx.auth.hmac.compare_digest", lambda *_: False)
+        monkeypatch.setattr("voicetx.access.authenticator.hmac.compare_digest", lambda *_: False)
         answer = await client.put(UPDATE_PATH, headers={"authorization": f"Bearer {key}"})
     assert answer.json()["code"] == 498
 
@@ -200,10 +200,12 @@ def test_the_database_holds_no_credential(database_url: str) -> None:
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_known_credentials_take_bounded_memory(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many credentials are good, only some are kept in mind, and all of them go on working."""
-    monkeypatch.setattr("voicetx.auth._CACHE_SIZE", 3)
+    monkeypatch.setattr("voicetx.access.authenticator._CACHE_SIZE", 3)
     async with running_app(database_url) as (app, services, _), connect(app) as client:
         for number in range(8):
-            _, key = await services.store.write(lambda connection, n=number: auth.add_user(connection, f"user-{n}", []))
+            _, key = await services.store.write(
+                lambda connection, n=number: authenticator.add_user(connection, f"user-{n}", [])
+            )
             for _ in range(2):
                 answer = await client.put(UPDATE_PATH, headers={"authorization": f"Bearer {key}"})
                 assert answer.json()["code"] == 430

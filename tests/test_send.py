@@ -14,7 +14,7 @@ from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, find_free_port
 from test_cli import invoke
-from voicetx.deployments import find_deployment
+from voicetx.campaigns.deployments import find_deployment
 
 
 @dataclass(frozen=True)

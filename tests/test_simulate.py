@@ -28,15 +28,15 @@ from dialer import read_history
 from platform_side import make_user, register, run_on
 from servers import Service, clean_environment, find_family, find_free_port, has_ended, wait_until
 from test_cli import invoke
-from voicetx.auth import Grant
+from voicetx.access.authenticator import Grant
+from voicetx.campaigns.deployments import Deployment, create_deployment, list_deployments, register_transactions
 from voicetx.cli import simulate as command
-from voicetx.contract import parse
-from voicetx.deployments import Deployment, create_deployment, list_deployments, register_transactions
-from voicetx.errors import Refusal
-from voicetx.recording import commit_batch
-from voicetx.reports import report_users
-from voicetx.schema import voice_update
-from voicetx.store import Received
+from voicetx.contract.refusals import Refusal
+from voicetx.contract.update import parse
+from voicetx.reading.reports import report_users
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.schema import voice_update
+from voicetx.storage.store import Received
 
 GRANTS = (Grant.TRANSACTIONS_UPDATE, Grant.DEPLOYMENTS_WRITE)
 QUICK = ("--speed", "5000", "--seed", "1", "--json")

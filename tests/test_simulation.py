@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voicetx.contract import Update, parse
-from voicetx.errors import Rejected
-from voicetx.merge import contradicts, fold, is_final
-from voicetx.simulation import Campaign, Mishap, Sending, simulate
+from voicetx.cli.simulation import Campaign, Mishap, Sending, simulate
+from voicetx.contract.merge import contradicts, fold, is_final
+from voicetx.contract.refusals import Rejected
+from voicetx.contract.update import Update, parse
 
 PUNCTUAL = Campaign(seed=1, begins_at=datetime(2026, 3, 1, 9), speed=1, late=0, out_of_order=0, repeated=0)  # noqa: DTZ001 - as on the wire
 SHARES = ("answered", "pressed", "transferred", "contradictory", "retried", "late", "out_of_order", "repeated")

@@ -16,15 +16,18 @@ from sqlalchemy import Connection, select
 from bodies import encode, make_body, updates_of
 from platform_side import is_anybody_waiting
 from servers import PostgreSQL
-from voicetx import duties, metrics, recording, retention, services, tallies
-from voicetx.contract import parse
-from voicetx.deployments import create_deployment, register_transactions
-from voicetx.folding import Folder
-from voicetx.merge import is_final
-from voicetx.recording import commit_batch
-from voicetx.schema import deployment, tally_change, voice_transaction, voice_update
-from voicetx.store import Received, Store, StoreUnavailable, ValueRefused
-from voicetx.tallies import Counts, Measure, Sent
+from voicetx import duties, metrics, services
+from voicetx.campaigns import retention
+from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.contract.merge import is_final
+from voicetx.contract.update import parse
+from voicetx.counting import tallies
+from voicetx.counting.folding import Folder
+from voicetx.counting.tallies import Counts, Measure, Sent
+from voicetx.recording import recorder
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.schema import deployment, tally_change, voice_transaction, voice_update
+from voicetx.storage.store import Received, Store, StoreUnavailable, ValueRefused
 
 pytestmark = pytest.mark.anyio
 
@@ -206,17 +209,17 @@ async def test_keys_that_are_erased_under_an_update_are_counted_right(
         await retention.erase(other, NUMBER, settle_seconds=0, advance=lambda _: None)
         await other.close()
 
-    original = recording.record_changes
+    original = recorder.record_changes
 
     def record_late(*arguments: Any) -> set[str]:
-        monkeypatch.setattr(recording, "record_changes", original)
+        monkeypatch.setattr(recorder, "record_changes", original)
         thread = threading.Thread(target=lambda: asyncio.run(erase()))
         thread.start()
         thread.join()
         return original(*arguments)
 
     await record(store, [make_body("tx-1", dtmf_digits=NUMBER)])
-    monkeypatch.setattr(recording, "record_changes", record_late)
+    monkeypatch.setattr(recorder, "record_changes", record_late)
     await record(store, [make_body("tx-1", message="later", call_endtime="2026-03-01 09:05:00.000")])
     await check(store)
     counts = await store.read(lambda connection: tallies.read(connection, "unassigned"))

@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 
 from servers import Valkey
 from voicetx import metrics
-from voicetx import throttle as throttle_module
+from voicetx.access import throttle as throttle_module
+from voicetx.access.throttle import Throttle, ThrottleReached
 from voicetx.settings import Settings
-from voicetx.throttle import Throttle, ThrottleReached
 
 pytestmark = pytest.mark.anyio
 

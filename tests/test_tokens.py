@@ -14,10 +14,10 @@ import pytest
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
-from voicetx import auth
+from voicetx.access import authenticator
+from voicetx.access.authenticator import ApiUser, Grant
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.auth import ApiUser, Grant
-from voicetx.contract import UPDATE_PATH
+from voicetx.contract.update import UPDATE_PATH
 
 GRANT = "client_credentials"
 
@@ -180,13 +180,15 @@ def test_a_token_dies_with_its_secret_key(instance: Instance) -> None:
     """Deleting a secret key ends the tokens that were got with it, and not those of its sibling."""
     url = instance.database_url
     user, first = make_user(url, "rotating")
-    _, second = run_on(url, lambda connection: auth.add_key(connection, user))
+    _, second = run_on(url, lambda connection: authenticator.add_key(connection, user))
     tokens = [
         instance.ask(params={"grant_type": GRANT}, auth=(str(user.api_key_id), key)).json()["access_token"]
         for key in [first, second]
     ]
     assert [instance.update(token) for token in tokens] == [200, 200]
-    run_on(url, lambda connection: auth.delete_key(connection, auth.find_user(connection, "rotating"), 1))
+    run_on(
+        url, lambda connection: authenticator.delete_key(connection, authenticator.find_user(connection, "rotating"), 1)
+    )
     wait_until(lambda: instance.update(tokens[0]) == 401, "The token outlived its secret key")
     assert instance.update(tokens[1]) == 200
     answer = instance.ask(params={"grant_type": GRANT}, auth=(str(user.api_key_id), first))
@@ -200,7 +202,7 @@ def test_a_grant_taken_away_is_gone_from_tokens_too(instance: Instance) -> None:
     answer = instance.ask(params={"grant_type": GRANT}, auth=(str(user.api_key_id), key))
     token = answer.json()["access_token"]
     assert instance.update(token) == 200
-    run_on(url, lambda connection: auth.set_grants(connection, user, []))
+    run_on(url, lambda connection: authenticator.set_grants(connection, user, []))
     wait_until(lambda: instance.update(token) == 401, "The grant outlived its withdrawal")
 
 

@@ -18,12 +18,12 @@ from platform_side import make_user, register, run_on
 from servers import Service
 from test_cli import run
 from test_privacy import bodies_about, digits_of, numbers
+from voicetx.access.authenticator import Grant
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
-from voicetx.auth import Grant
-from voicetx.contract import UPDATE_PATH, parse
-from voicetx.recording import commit_batch
-from voicetx.reports import report_transaction
-from voicetx.store import Received
+from voicetx.contract.update import UPDATE_PATH, parse
+from voicetx.reading.reports import report_transaction
+from voicetx.recording.recorder import commit_batch
+from voicetx.storage.store import Received
 
 BODY = make_body(
     "tx-1",

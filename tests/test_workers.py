@@ -16,7 +16,8 @@ import pytest
 import uvicorn
 
 from servers import Service, find_family, find_free_port, has_ended, wait_until
-from voicetx import __version__, metrics, supervisor, workers
+from voicetx import __version__, metrics
+from voicetx.server import supervisor, workers
 from voicetx.settings import Settings
 
 

@@ -9,10 +9,11 @@ from itertools import groupby
 import sqlalchemy as sa
 from alembic import op
 
+from voicetx.contract.merge import fold
+
 # The rules themselves, and not a copy of them as they were: the service goes on from what is computed here.
-from voicetx.contract import restore
-from voicetx.merge import fold
-from voicetx.store import dump_older
+from voicetx.contract.update import restore
+from voicetx.storage.store import dump_older
 
 revision = "0002"
 down_revision = "0001"

@@ -10,10 +10,11 @@ from uuid import UUID
 import sqlalchemy as sa
 from alembic import op
 
+from voicetx.contract.merge import is_final
+
 # The rules themselves, and not a copy of them as they were: the service goes on from what is computed here.
-from voicetx import tallies
-from voicetx.merge import is_final
-from voicetx.tallies import Counts, Sent
+from voicetx.counting import tallies
+from voicetx.counting.tallies import Counts, Sent
 
 revision = "0004"
 down_revision = "0003"

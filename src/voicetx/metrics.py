@@ -1,8 +1,8 @@
 """What the service counts about itself, for Prometheus.
 
 Every module counts here what it alone knows; `voicetx.api.operations` shows it at /metrics. Where several processes
-serve, each keeps its figures in files of its own (PROMETHEUS_MULTIPROC_DIR, which `voicetx.workers` sets before this
-is imported), and whichever is asked adds them up. No label holds anything that a dialer sends.
+serve, each keeps its figures in files of its own (PROMETHEUS_MULTIPROC_DIR, which `voicetx.server.workers` sets before
+this is imported), and whichever is asked adds them up. No label holds anything that a dialer sends.
 """
 
 import collections

@@ -1,6 +1,6 @@
 """The parts of one running process, made together and closed together.
 
-`voicetx.app` starts them before the first request and closes them after the last; the endpoints find them on the
+`voicetx.server.app` starts them before the first request and closes them after the last; the endpoints find them on the
 application. Closing answers everybody who waits before the database goes.
 """
 
@@ -17,15 +17,17 @@ from uuid import UUID
 import structlog
 from sqlalchemy import Connection
 
-from voicetx import activity, duties, migrations, tallies
-from voicetx.activity import Activity
-from voicetx.auth import Authenticator
+from voicetx import duties
+from voicetx.access.authenticator import Authenticator
+from voicetx.access.throttle import Throttle
+from voicetx.counting import activity, tallies
+from voicetx.counting.activity import Activity
+from voicetx.counting.folding import Folder
 from voicetx.duties import Duty, do_all, held, note_failure
-from voicetx.folding import Folder
-from voicetx.recording import Recorder, commit_batch
+from voicetx.recording.recorder import Recorder, commit_batch
 from voicetx.settings import Settings
-from voicetx.store import Store, StoreUnavailable, Turn, note_keys, note_repeats, open_store
-from voicetx.throttle import Throttle
+from voicetx.storage import migrations
+from voicetx.storage.store import Store, StoreUnavailable, Turn, note_keys, note_repeats, open_store
 
 K = TypeVar("K")
 

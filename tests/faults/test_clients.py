@@ -11,7 +11,7 @@ import pytest
 from bodies import encode, make_body
 from dialer import Dialer, Evidence, prepare_campaign
 from servers import Service, wait_until
-from voicetx.contract import UPDATE_PATH
+from voicetx.contract.update import UPDATE_PATH
 
 BODY_TIMEOUT_SECONDS = 1
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from conftest import migrate
 from dialer import Dialer, Evidence, prepare_campaign
 from servers import PostgreSQL, Service, Standby, wait_until
-from voicetx.store import Store
+from voicetx.storage.store import Store
 
 
 @pytest.mark.parametrize("end", [PostgreSQL.kill, PostgreSQL.pause], ids=["dies", "hangs"])

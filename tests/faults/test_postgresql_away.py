@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from bodies import encode, make_body
 from dialer import TRANSACTIONS, Answer, Dialer, Evidence, ask, call, prepare_campaign
 from servers import PostgreSQL, Service
-from voicetx.store import Store, StoreUnavailable
+from voicetx.storage.store import Store, StoreUnavailable
 
 COMMIT_TIMEOUT_SECONDS = 1.5
 A_LITTLE_SECONDS = 1.3  # what a busy machine may add; together less than twice the timeout

@@ -9,7 +9,7 @@ import asyncpg
 
 from dialer import Answer, Dialer, Evidence, prepare_campaign
 from servers import PostgreSQL, Service
-from voicetx.contract import UPDATE_PATH
+from voicetx.contract.update import UPDATE_PATH
 
 
 def test_sigterm_answers_everybody(database_url: str, evidence: Evidence, is_long: bool) -> None:

@@ -20,12 +20,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope, Send
 
-from voicetx import activity, metrics
-from voicetx.auth import ApiUser
-from voicetx.errors import Challenge, Fault, Refusal, Rejected
+from voicetx import metrics
+from voicetx.access.authenticator import ApiUser
+from voicetx.access.throttle import ThrottleReached
+from voicetx.contract.refusals import Challenge, Fault, Refusal, Rejected
+from voicetx.counting import activity
 from voicetx.logs import log_request_lines
-from voicetx.store import StoreUnavailable
-from voicetx.throttle import ThrottleReached
+from voicetx.storage.store import StoreUnavailable
 
 Headers = tuple[tuple[bytes, bytes], ...]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from starlette.types import Receive, Scope
 
 from voicetx.api.answers import ClientGone
-from voicetx.errors import Refusal, Rejected
-from voicetx.json_text import strip_mark
+from voicetx.contract.json_text import strip_mark
+from voicetx.contract.refusals import Refusal, Rejected
 
 _CHUNK_BYTES = 16_384
 _PLAIN = (b"", b"identity")

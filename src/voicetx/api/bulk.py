@@ -15,15 +15,15 @@ import orjson
 from fastapi import APIRouter
 from starlette.types import Receive, Scope
 
-from voicetx import activity
+from voicetx.access.authenticator import ApiUser, Grant
 from voicetx.api.answers import Answer, render_refusal, to_rejected
 from voicetx.api.bodies import Line, read_chunks, split_lines
 from voicetx.api.endpoints import Call, for_users, take_place
 from voicetx.api.openapi import BULK_REQUEST, describe_bulk_answers
-from voicetx.auth import ApiUser, Grant
-from voicetx.contract import parse
-from voicetx.errors import Refusal, Rejected
-from voicetx.recording import Outcome, Recorder
+from voicetx.contract.refusals import Refusal, Rejected
+from voicetx.contract.update import parse
+from voicetx.counting import activity
+from voicetx.recording.recorder import Outcome, Recorder
 from voicetx.services import Services
 
 BULK_PATH = "/api/v1/updates"

@@ -1,7 +1,7 @@
 """Deployments, for the programs of the platform: make them, register their transactions, and read their numbers.
 
-How a deployment is made is `voicetx.deployments`, what its numbers are `voicetx.reports`; here is only what they look
-like over HTTP. Its transactions themselves: `voicetx.api.listings`.
+How a deployment is made is `voicetx.campaigns.deployments`, what its numbers are `voicetx.reading.reports`; here is
+only what they look like over HTTP. Its transactions themselves: `voicetx.api.listings`.
 """
 
 import codecs
@@ -15,6 +15,7 @@ from fastapi import APIRouter
 from pydantic import AfterValidator, Field
 from sqlalchemy import Connection
 
+from voicetx.access.authenticator import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.bodies import read_chunks, split_lines
 from voicetx.api.endpoints import (
@@ -41,9 +42,7 @@ from voicetx.api.openapi_programs import (
     describe_minted,
     describe_query,
 )
-from voicetx.auth import Grant
-from voicetx.contract import TransactionId
-from voicetx.deployments import (
+from voicetx.campaigns.deployments import (
     Deployment,
     DeploymentError,
     DeploymentTaken,
@@ -61,10 +60,11 @@ from voicetx.deployments import (
     mint_transactions,
     register_transactions,
 )
-from voicetx.errors import Fault, Refusal, Rejected
-from voicetx.reports import describe_deployment, format_time, mask_deployment, report_deployment
+from voicetx.contract.refusals import Fault, Refusal, Rejected
+from voicetx.contract.update import TransactionId
+from voicetx.reading.reports import describe_deployment, format_time, mask_deployment, report_deployment
 from voicetx.settings import TimeZone
-from voicetx.store import ValueRefused
+from voicetx.storage.store import ValueRefused
 
 router = APIRouter(tags=["Deployments"])
 

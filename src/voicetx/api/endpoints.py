@@ -21,13 +21,14 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from voicetx import json_text, metrics
+from voicetx import metrics
+from voicetx.access.authenticator import ApiUser, Grant
 from voicetx.api.answers import Answer, ClientGone, Headers, answer_error, note_for_log, to_response
 from voicetx.api.bodies import read_body
 from voicetx.api.updates import require_grant, sign_in
-from voicetx.auth import ApiUser, Grant
-from voicetx.deployments import is_id
-from voicetx.errors import Fault, Refusal, Rejected
+from voicetx.campaigns.deployments import is_id
+from voicetx.contract import json_text
+from voicetx.contract.refusals import Fault, Refusal, Rejected
 from voicetx.services import Services
 
 DEPLOYMENTS_PATH = "/api/v1/deployments"

@@ -2,7 +2,7 @@
 
 What is personal is masked for who has not the grant for it. A page is a read of its own, so that nobody who reads
 slowly keeps a database transaction open, and an export of a million rows holds one page of them. What is in a page:
-`voicetx.listings`; what it looks like: `voicetx.exports`.
+`voicetx.reading.listings`; what it looks like: `voicetx.reading.exports`.
 """
 
 import re
@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from starlette.responses import StreamingResponse
 
+from voicetx.access.authenticator import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.deployments import require_deployment
 from voicetx.api.endpoints import (
@@ -35,12 +36,11 @@ from voicetx.api.openapi_programs import (
     describe_found,
     describe_query,
 )
-from voicetx.auth import Grant
-from voicetx.contract import DropCode, TransactionId
-from voicetx.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
-from voicetx.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
-from voicetx.reports import format_time, read_time
-from voicetx.store import find_complete_until
+from voicetx.contract.update import DropCode, TransactionId
+from voicetx.reading.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
+from voicetx.reading.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
+from voicetx.reading.reports import format_time, read_time
+from voicetx.storage.store import find_complete_until
 
 router = APIRouter(tags=["Transactions"])
 

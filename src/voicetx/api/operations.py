@@ -11,10 +11,11 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from voicetx import metrics, migrations
+from voicetx import metrics
 from voicetx.api.answers import Answer, to_response
-from voicetx.migrations import SchemaOutdated
-from voicetx.store import DatabaseUnfit, Store, StoreUnavailable
+from voicetx.storage import migrations
+from voicetx.storage.migrations import SchemaOutdated
+from voicetx.storage.store import DatabaseUnfit, Store, StoreUnavailable
 
 if TYPE_CHECKING:
     from voicetx.services import Services

@@ -1,6 +1,7 @@
 """Receipts: which of the updates that a dialer sent are on disk, for one that was cut off and does not know.
 
-Answered from what is committed, never from what is under way. Knows HTTP; what is held, `voicetx.listings` says.
+Answered from what is committed, never from what is under way. Knows HTTP; what is held, `voicetx.reading.listings`
+says.
 """
 
 import asyncio
@@ -10,16 +11,16 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from voicetx.access.authenticator import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users, read_json
 from voicetx.api.openapi_programs import RECEIPTS_REQUEST, describe_receipts
 from voicetx.api.updates import require_grant
-from voicetx.auth import Grant
-from voicetx.deployments import is_id
-from voicetx.errors import Fault, Refusal, Rejected
-from voicetx.exports import describe_receipt
-from voicetx.json_text import refuse_kind
-from voicetx.listings import Receipt, find_receipts
+from voicetx.campaigns.deployments import is_id
+from voicetx.contract.json_text import refuse_kind
+from voicetx.contract.refusals import Fault, Refusal, Rejected
+from voicetx.reading.exports import describe_receipt
+from voicetx.reading.listings import Receipt, find_receipts
 
 RECEIPTS_PATH = "/api/v1/receipts"
 

@@ -1,7 +1,7 @@
 """The update endpoint: a dialer reports what became of a call.
 
 `answer_update` is the whole way of an update in the order of contract section 3: method, credential, grant, throttle,
-body, rules, store. `voicetx.api.short_way` takes the same steps for updates that none of them keeps waiting and none
+body, rules, store. `voicetx.server.fast_path` takes the same steps for updates that none of them keeps waiting and none
 refuses, which is what nearly all are. The FastAPI route below does the rest, and gives the path its place in the
 OpenAPI document. Nothing here knows how any of those steps is done.
 """
@@ -12,6 +12,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope
 
+from voicetx.access.authenticator import ApiUser, Grant
 from voicetx.api.answers import (
     Answer,
     ClientGone,
@@ -23,9 +24,8 @@ from voicetx.api.answers import (
 )
 from voicetx.api.bodies import read_body
 from voicetx.api.openapi import UPDATE_REQUEST, describe_update_answers
-from voicetx.auth import ApiUser, Grant
-from voicetx.contract import UPDATE_METHODS, UPDATE_PATH, Update, parse
-from voicetx.errors import Challenge, Refusal, Rejected
+from voicetx.contract.refusals import Challenge, Refusal, Rejected
+from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, Update, parse
 from voicetx.services import Services
 
 METHODS = frozenset(UPDATE_METHODS)

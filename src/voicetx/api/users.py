@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter
 from pydantic import BeforeValidator, Field
 
+from voicetx.access.authenticator import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Asked, Call, answer_json, for_users, read_number, read_query
 from voicetx.api.openapi_programs import ShownUsers, describe_found, describe_query
-from voicetx.auth import Grant
-from voicetx.reports import describe_user, report_users
+from voicetx.reading.reports import describe_user, report_users
 
 router = APIRouter(tags=["API users"])
 

@@ -11,13 +11,13 @@ import typer
 from pydantic import ValidationError
 
 from voicetx import __version__
-from voicetx.auth import AdministrationError
+from voicetx.access.authenticator import AdministrationError
+from voicetx.campaigns.deployments import DeploymentError
 from voicetx.cli import config, database, deployments, listings, retention, send, serve, simulate, transactions, users
 from voicetx.cli.output import CommandError, complain
-from voicetx.deployments import DeploymentError
-from voicetx.migrations import SchemaOutdated
 from voicetx.settings import describe_faults
-from voicetx.store import DatabaseUnfit, StoreUnavailable, ValueRefused
+from voicetx.storage.migrations import SchemaOutdated
+from voicetx.storage.store import DatabaseUnfit, StoreUnavailable, ValueRefused
 
 app = typer.Typer(
     name="voicetx",

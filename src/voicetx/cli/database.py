@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from voicetx import migrations
 from voicetx.addresses import FileAddress, read_database_url
-from voicetx.backup import BackupRefused, back_up
 from voicetx.cli.output import CommandError, follow_progress
 from voicetx.settings import Settings
-from voicetx.store import open_store
+from voicetx.storage import migrations
+from voicetx.storage.backup import BackupRefused, back_up
+from voicetx.storage.store import open_store
 
 app = typer.Typer(no_args_is_help=True)
 

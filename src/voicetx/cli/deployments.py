@@ -12,7 +12,8 @@ from zoneinfo import ZoneInfo
 import typer
 from sqlalchemy import Connection
 
-from voicetx import deployments
+from voicetx.campaigns import deployments
+from voicetx.campaigns.deployments import Deployment, FileFormat, Line, Loading, guess_encoding
 from voicetx.cli.output import (
     AsJson,
     CommandError,
@@ -25,8 +26,7 @@ from voicetx.cli.output import (
     run_on_store,
     write,
 )
-from voicetx.deployments import Deployment, FileFormat, Line, Loading, guess_encoding
-from voicetx.reports import (
+from voicetx.reading.reports import (
     CALL_STATES,
     DROP_CODES,
     DeploymentReport,
@@ -37,7 +37,7 @@ from voicetx.reports import (
     report_deployment,
 )
 from voicetx.settings import Settings, check_time_zone
-from voicetx.store import Store
+from voicetx.storage.store import Store
 
 T = TypeVar("T")
 

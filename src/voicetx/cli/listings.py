@@ -15,14 +15,14 @@ from typing import Annotated, Literal, NamedTuple
 import orjson
 import typer
 
-from voicetx import deployments
+from voicetx.campaigns import deployments
+from voicetx.campaigns.deployments import is_id
 from voicetx.cli.output import AsJson, CommandError, complain, read_age, run_on_store
-from voicetx.contract import DropCode
-from voicetx.deployments import is_id
-from voicetx.exports import ExportFormat, begin_export, describe_receipt, render_rows
-from voicetx.listings import Filters, ListedTransaction, find_receipts, list_transactions, match_missing
-from voicetx.reports import format_time, read_time
-from voicetx.store import Store, find_complete_until
+from voicetx.contract.update import DropCode
+from voicetx.reading.exports import ExportFormat, begin_export, describe_receipt, render_rows
+from voicetx.reading.listings import Filters, ListedTransaction, find_receipts, list_transactions, match_missing
+from voicetx.reading.reports import format_time, read_time
+from voicetx.storage.store import Store, find_complete_until
 
 _ROWS_A_PAGE = 1_000
 _RECEIPTS_AT_ONCE = 500

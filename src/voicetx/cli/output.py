@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 from sqlalchemy import Connection
 
-from voicetx import migrations
 from voicetx.settings import Settings
-from voicetx.store import Store, open_store
+from voicetx.storage import migrations
+from voicetx.storage.store import Store, open_store
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from voicetx import deployments, privacy, retention
+from voicetx.campaigns import deployments, retention
+from voicetx.campaigns.retention import Advance, AuditRecord, StillReported
 from voicetx.cli.output import (
     AsJson,
     CommandError,
@@ -22,10 +23,10 @@ from voicetx.cli.output import (
     read_age,
     run_on_store,
 )
-from voicetx.reports import format_time
-from voicetx.retention import Advance, AuditRecord, StillReported
+from voicetx.contract import privacy
+from voicetx.reading.reports import format_time
 from voicetx.settings import Settings
-from voicetx.store import Store
+from voicetx.storage.store import Store
 
 T = TypeVar("T")
 

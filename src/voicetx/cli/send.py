@@ -13,7 +13,7 @@ import orjson
 import typer
 
 from voicetx.cli.output import AsJson, CommandError, complain, follow_progress, print_json
-from voicetx.errors import Refusal
+from voicetx.contract.refusals import Refusal
 
 KEY_VARIABLE = "VOICETX_SEND_KEY"
 """Where a command that sends finds the key, so that it is in no list of processes."""

@@ -13,14 +13,17 @@ import structlog
 import typer
 from sqlalchemy import Connection
 
-from voicetx import __version__, auth, deployments, migrations
+from voicetx import __version__
+from voicetx.access import authenticator
+from voicetx.access.authenticator import AdministrationError, Grant
 from voicetx.addresses import FileAddress, read_database_url
-from voicetx.auth import AdministrationError, Grant
+from voicetx.campaigns import deployments
 from voicetx.cli.output import CommandError, write
 from voicetx.cli.simulate import accompany
-from voicetx.contract import UPDATE_PATH
+from voicetx.contract.update import UPDATE_PATH
 from voicetx.settings import LogFormat, LogLevel, Settings
-from voicetx.store import open_store
+from voicetx.storage import migrations
+from voicetx.storage.store import open_store
 
 _REDIS_PATIENCE_SECONDS = 2.0  # at the start; one that is slower is taken for away
 _DEMO_NAME = "demo"
@@ -47,7 +50,7 @@ def serve(
 
 async def _prepare(settings: Settings) -> None:
     if settings.redis_url is not None:
-        from voicetx.throttle import RedisUnfit, check_redis  # noqa: PLC0415 - as in _run
+        from voicetx.access.throttle import RedisUnfit, check_redis  # noqa: PLC0415 - as in _run
 
         try:
             await check_redis(settings.redis_url.get_secret_value(), _REDIS_PATIENCE_SECONDS)
@@ -62,8 +65,8 @@ async def _prepare(settings: Settings) -> None:
 
 def _run(settings: Settings, announce: Callable[[str], None] | None = None) -> None:
     # Imported here: the other commands start faster without them.
-    from voicetx import workers  # noqa: PLC0415
     from voicetx.logs import configure_logging  # noqa: PLC0415
+    from voicetx.server import workers  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
     count = workers.count_workers(settings)
@@ -133,16 +136,18 @@ def _make_demo(key_file: Path) -> tuple[str, str]:
             connection, _DEMO_NAME, [f"demo-{number:03}" for number in range(1, _DEMO_TRANSACTIONS + 1)]
         )
         try:
-            user = auth.find_user(connection, _DEMO_NAME)
+            user = authenticator.find_user(connection, _DEMO_NAME)
         except AdministrationError:
-            user, secret_key = auth.add_user(connection, _DEMO_NAME, list(Grant))
+            user, secret_key = authenticator.add_user(connection, _DEMO_NAME, list(Grant))
             return str(user.api_key_id), secret_key
         if key_file.exists():
             return str(user.api_key_id), None
         # Its key is lost: only a digest of it was kept. Make room for a new one.
         for slot in reversed(user.key_slots):
-            auth.delete_key(connection, user, slot)
-        return str(user.api_key_id), auth.add_key(connection, auth.find_user(connection, _DEMO_NAME))[1]
+            authenticator.delete_key(connection, user, slot)
+        return str(user.api_key_id), authenticator.add_key(connection, authenticator.find_user(connection, _DEMO_NAME))[
+            1
+        ]
 
     api_key_id, made = write(work)
     if made is None:

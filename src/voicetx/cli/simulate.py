@@ -1,7 +1,7 @@
 """`voicetx simulate`: a dialer that isn't there reports its calls, and asks afterwards whether all of it is held.
 
 It does what the README asks of a dialer: it waits as it is told, and sends again what got no answer or a passing one.
-What the calls are is the business of `voicetx.simulation`.
+What the calls are is the business of `voicetx.cli.simulation`.
 """
 
 import asyncio
@@ -31,16 +31,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from voicetx import retention, simulation
+from voicetx.campaigns import retention
+from voicetx.campaigns.deployments import FileFormat, list_deployments, read_lines
+from voicetx.cli import simulation
 from voicetx.cli.output import AsJson, CommandError, complain, print_json
 from voicetx.cli.send import KEY_VARIABLE
-from voicetx.contract import UPDATE_PATH
-from voicetx.deployments import FileFormat, list_deployments, read_lines
+from voicetx.cli.simulation import Campaign, Mishap, Sending
+from voicetx.contract.refusals import Refusal
+from voicetx.contract.update import UPDATE_PATH
 from voicetx.duties import Duty, repeat
-from voicetx.errors import Refusal
 from voicetx.settings import Settings, check_time_zone
-from voicetx.simulation import Campaign, Mishap, Sending
-from voicetx.store import Store, StoreUnavailable, ValueRefused
+from voicetx.storage.store import Store, StoreUnavailable, ValueRefused
 
 if TYPE_CHECKING:
     import httpx

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from voicetx.cli.output import AsJson, CommandError, print_json, print_table, printable, read
-from voicetx.reports import describe_transaction, format_time, report_transaction
+from voicetx.reading.reports import describe_transaction, format_time, report_transaction
 
 app = typer.Typer(no_args_is_help=True)
 

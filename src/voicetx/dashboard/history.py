@@ -1,17 +1,17 @@
 """A transaction's history as its page shows it: how each update stands to those that came before it.
 
-Pure. Which update wins is decided by `voicetx.merge`; here that is only told: the newest one, those that came late, of
-an older attempt, more than once, or say what cannot be. Of a long history only the last part is there: then nothing is
-told that the part before could belie.
+Pure. Which update wins is decided by `voicetx.contract.merge`; here that is only told: the newest one, those that came
+late, of an older attempt, more than once, or say what cannot be. Of a long history only the last part is there: then
+nothing is told that the part before could belie.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from voicetx.contract import WIRE_NAMES, Update, restore
+from voicetx.contract.merge import contradicts
+from voicetx.contract.update import WIRE_NAMES, Update, restore
 from voicetx.dashboard.charts import Point
-from voicetx.merge import contradicts
-from voicetx.reports import HistoryEntry, TransactionReport
+from voicetx.reading.reports import HistoryEntry, TransactionReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,15 @@ import orjson
 from sqlalchemy import Connection
 
 from voicetx import duties
+from voicetx.access.authenticator import ApiUser
 from voicetx.api.endpoints import make_aside
-from voicetx.auth import ApiUser
+from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.dashboard.overview import Overview
 from voicetx.dashboard.rendering import format_clock, render_parts, summarise
 from voicetx.duties import Duty
-from voicetx.errors import Refusal, Rejected
-from voicetx.listings import Filters, ListedTransaction, list_transactions
-from voicetx.reports import DeploymentReport, mask_deployment, report_deployment
-from voicetx.store import Store, StoreUnavailable
+from voicetx.reading.listings import Filters, ListedTransaction, list_transactions
+from voicetx.reading.reports import DeploymentReport, mask_deployment, report_deployment
+from voicetx.storage.store import Store, StoreUnavailable
 
 MOST_STREAMS = 500
 MOST_STREAMS_OF_A_USER = 50

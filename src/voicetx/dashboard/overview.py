@@ -1,7 +1,7 @@
 """A deployment as its page shows it: what stands in which order, in which words, beside which picture.
 
 Pure: a report goes in, and comes out grouped, counted in shares, in a time zone. The numbers themselves are those of
-`voicetx.reports`; how they are set is the templates' business.
+`voicetx.reading.reports`; how they are set is the templates' business.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 from voicetx.dashboard.charts import Part
-from voicetx.listings import ListedTransaction
-from voicetx.reports import CALL_STATES, DROP_CODES, DeploymentReport, Meaning
+from voicetx.reading.listings import ListedTransaction
+from voicetx.reading.reports import CALL_STATES, DROP_CODES, DeploymentReport, Meaning
 
 KINDS: Mapping[Meaning, str] = {
     Meaning.SUCCESS: "success",

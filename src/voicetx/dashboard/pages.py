@@ -19,26 +19,26 @@ from zoneinfo import ZoneInfo
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
-from voicetx import privacy
+from voicetx.access.authenticator import ApiUser, Grant, Token
 from voicetx.api.answers import ClientGone, note_for_log, to_rejected
 from voicetx.api.bodies import read_body
 from voicetx.api.endpoints import make_aside
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.api.updates import client_address, require_grant
-from voicetx.auth import ApiUser, Grant, Token
+from voicetx.campaigns.deployments import is_id, is_there, list_deployments
+from voicetx.contract import privacy
+from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.dashboard import sessions
 from voicetx.dashboard.history import judge_history, plot_history
 from voicetx.dashboard.live import LivePages, look_at
 from voicetx.dashboard.overview import SPANS
 from voicetx.dashboard.rendering import ASSETS, render
 from voicetx.dashboard.sessions import PATH
-from voicetx.deployments import is_id, is_there, list_deployments
-from voicetx.errors import Refusal, Rejected
-from voicetx.exports import mask_listed
-from voicetx.listings import Filters, ListedTransaction, list_transactions, match_missing
-from voicetx.reports import CALL_STATES, DROP_CODES, mask_transaction, report_transaction, report_users
+from voicetx.reading.exports import mask_listed
+from voicetx.reading.listings import Filters, ListedTransaction, list_transactions, match_missing
+from voicetx.reading.reports import CALL_STATES, DROP_CODES, mask_transaction, report_transaction, report_users
 from voicetx.services import Services
-from voicetx.store import StoreUnavailable
+from voicetx.storage.store import StoreUnavailable
 
 MOST_ROWS = 50
 """How many rows a list shows at once."""

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import Scope
 
+from voicetx.access.authenticator import TOKEN_PREFIX, ApiUser, Token
 from voicetx.api.updates import client_address
-from voicetx.auth import TOKEN_PREFIX, ApiUser, Token
-from voicetx.errors import Refusal, Rejected
+from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.services import Services
 
 PATH = "/dashboard"

@@ -6,7 +6,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from voicetx.contract import UPDATE_PATH
+from voicetx.contract.update import UPDATE_PATH
 from voicetx.dashboard.rendering import render
 from voicetx.dashboard.sessions import PATH
 

@@ -1,0 +1,1 @@
+"""Deployments and their transactions: made, loaded, purged and erased."""

@@ -1,0 +1,1 @@
+"""The counts that reports are made of, kept while updates are recorded."""

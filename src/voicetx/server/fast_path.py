@@ -1,0 +1,134 @@
+"""The short way of an update: no task, no ASGI, no FastAPI; step by step with all that came in the same turn.
+
+`voicetx.server.protocol` offers requests whose body is whole. Of those the ones are taken here that no step keeps
+waiting and none refuses, which is what nearly all are; the others are declined with nothing done, and
+`voicetx.api.updates` answers them. Each step is taken for all of a turn before the next one, so that its code is in the
+processor's cache: one after the other they would take half as long again. Knows HTTP no more than the endpoint does.
+Source: docs/decisions/0011-short-way.md.
+"""
+
+import time
+from asyncio import Future, get_running_loop
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple, TypeVar
+
+import structlog
+
+from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, log_requests, make_request_id
+from voicetx.api.updates import METHODS, answer_recorded
+from voicetx.contract.refusals import Refusal, Rejected
+from voicetx.contract.update import UPDATE_PATH, Update, parse
+from voicetx.recording.recorder import Outcome, Recorder
+from voicetx.server.heads import Head
+from voicetx.services import Services
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+class _Offered(NamedTuple):
+    head: Head
+    body: bytes
+    started: float
+    answer: Callable[[Answer, bytes], None]
+    decline: Callable[[], None]
+
+
+class _Submitted(NamedTuple):
+    """An update that is on its way to the disk; the future tells what became of it."""
+
+    request: _Offered
+    user: ApiUser
+    update: Update
+    outcome: "Future[Outcome]"
+
+
+class ShortWay:
+    """Takes updates, and answers them, at the end of the turn of the event loop in which they came in, or were done."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._offered: list[_Offered] = []
+        self._done: list[_Submitted] = []
+
+    def offer(
+        self, head: Head, body: bytes, answer: Callable[[Answer, bytes], None], decline: Callable[[], None]
+    ) -> None:
+        """Take a request and have `answer` called with its answer and request id; or `decline`, with nothing done."""
+        if not self._offered:
+            get_running_loop().call_soon(self._take)
+        self._offered.append(_Offered(head, body, time.perf_counter(), answer, decline))
+
+    def _take(self) -> None:
+        offered, self._offered = self._offered, []
+        recall = cache(self._services.authenticator.recall)  # of a turn most come from one dialer
+        users = [_attempt(partial(self._find_dialer, request, recall)) for request in offered]
+        timezone = self._services.settings.timezone
+        updates = [
+            _attempt(partial(parse, request.body, user.time_zone or timezone)) if user is not None else None
+            for request, user in zip(offered, users, strict=True)
+        ]
+        spend = self._services.throttle.spend
+        for request, user, update in zip(offered, users, updates, strict=True):
+            if user is None or update is None or not _attempt(partial(spend, user.api_key_id, user.call_limit)):
+                request.decline()
+            else:
+                submitted = _Submitted(request, user, update, self._submit(update, user))
+                submitted.outcome.add_done_callback(partial(self._collect, submitted))
+
+    def _find_dialer(self, request: _Offered, recall: Callable[[bytes], ApiUser | None]) -> ApiUser | None:
+        """Return who sends a request, where that is known here and its method, size and sender may be an update's."""
+        method, credential_digest, _, is_encoded = request.head
+        if method not in METHODS or is_encoded or len(request.body) > self._services.settings.body_limit_bytes:
+            return None
+        user = recall(credential_digest) if credential_digest is not None else None
+        return user if user is not None and Grant.TRANSACTIONS_UPDATE in user.grants else None
+
+    def _submit(self, update: Update, user: ApiUser) -> "Future[Outcome]":
+        try:
+            return self._services.recorder.submit(update, user.api_key_id)
+        except Exception as error:  # noqa: BLE001 - the call is counted, so this is the way on which it is answered
+            outcome: Future[Outcome] = get_running_loop().create_future()
+            outcome.set_exception(error)
+            return outcome
+
+    def _collect(self, submitted: _Submitted, _outcome: "Future[Outcome]") -> None:
+        if not self._done:
+            get_running_loop().call_soon(self._answer)
+        self._done.append(submitted)
+
+    def _answer(self) -> None:
+        done, self._done = self._done, []
+        answers = [_answer_outcome(submitted) for submitted in done]
+        request_ids = [submitted.request.head.request_id or make_request_id() for submitted in done]
+        for submitted, answer, request_id in zip(done, answers, request_ids, strict=True):
+            try:
+                submitted.request.answer(answer, request_id)
+            except Exception as error:  # noqa: BLE001 - a defect on one connection must not keep the others waiting
+                _log.error("request.failed", exc_info=error)
+        log_requests(
+            [
+                Ended(request.head.method, UPDATE_PATH, request_id, request.started, answer.code, user)
+                for (request, user, *_), answer, request_id in zip(done, answers, request_ids, strict=True)
+            ]
+        )
+
+
+def _attempt(step: Callable[[], T]) -> T | None:
+    try:
+        return step()
+    except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is answered
+        return None
+
+
+def _answer_outcome(submitted: _Submitted) -> Answer:
+    try:
+        outcome = submitted.outcome.result()
+    except Exception as error:  # noqa: BLE001 - each becomes its answer
+        return answer_error(Recorder.explain(error))
+    if outcome is Outcome.UNKNOWN:
+        return answer_refusal(Rejected(Refusal.NOT_PROCESSED))
+    return answer_recorded(submitted.update)

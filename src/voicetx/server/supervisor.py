@@ -1,0 +1,276 @@
+"""The process that starts those that serve: starts again what dies, replaces all on SIGHUP, ends all in good order.
+
+`voicetx.server.workers` has it where several processes serve. It waits for none of them without hearing signals and
+looking after the others, and goes on whatever goes wrong with one (`voicetx.duties`). Each process says twice a second
+that it lives, and ends where nobody is left to hear that. Not uvicorn's: that has one listener for all, hears no signal
+while it waits for a process, and is deaf after any exception (docs/decisions/0022-supervisor.md).
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+
+import structlog
+import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
+from uvicorn.config import STARTUP_FAILURE
+
+from voicetx.duties import Duty, held
+
+_LOOK_SECONDS = 0.5
+_BEAT_SECONDS = 0.5
+_PATIENCE_SECONDS = 60.0  # a process that starts on a busy machine must not be taken for a dead one
+_FAREWELL_SECONDS = 2.0  # of all processes but the last; one that takes longer ends beside the next
+_AGAIN_SECONDS = 1.0  # before a process starts again that had not got as far as serving
+
+# A terminal sends the first two to what runs behind it. How many processes serve is a setting.
+_NOT_HEEDED = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
+
+_SERVING = b"serving"
+_STARTING = b"starting"
+
+_spawn = multiprocessing.get_context("spawn")
+_log = structlog.get_logger(__name__)
+
+
+class Supervisor:
+    """Keeps one process serving on each listener, until SIGTERM or SIGINT."""
+
+    def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket]) -> None:
+        self._config = config
+        self._seats = [_Seat(listener) for listener in listeners]
+        self._to_replace: list[tuple[_Seat, _Process | None]] = []
+        self._is_told_to_replace = False
+        self._looked_at = 0.0
+        self._is_leaving = False
+        self._has_served = False
+        self._has_failed = False
+
+    def run(self) -> bool:
+        """Serve; return False where a process could not start before any had served."""
+        with _heed_signals(self._heed) as told:
+            self._looked_at = time.monotonic()
+            while not self._is_leaving:
+                with held(Duty.SUPERVISE) as turn:
+                    self._look_after_all()
+                    self._wait(told)
+                if turn.has_failed:
+                    time.sleep(_LOOK_SECONDS)
+            self._end_all()
+        return not self._has_failed
+
+    def _heed(self, number: int) -> None:
+        """Note what a signal tells; it is done in the next turn."""
+        if number != signal.SIGHUP:
+            self._is_leaving = True
+        else:
+            self._is_told_to_replace = True
+
+    def _wait(self, told: socket.socket) -> None:
+        """Return when a signal came, a process has said something or ended, or after a while."""
+        processes = [process for seat in self._seats for process in seat.processes]
+        files: list[Connection | socket.socket | int] = [told, *(process.sentinel for process in processes)]
+        files += [process.channel for process in processes if not process.is_mute]
+        if told in wait(files, _LOOK_SECONDS):
+            told.recv(_MANY)
+
+    def _look_after_all(self) -> None:
+        now = time.monotonic()
+        # Where everybody was stopped for a while, as by a debugger or with the machine, nobody was silent for so long.
+        elapsed_seconds = min(now - self._looked_at, 2 * _LOOK_SECONDS)
+        self._looked_at = now
+        failed = 0
+        for seat in self._seats:
+            with held(Duty.SUPERVISE) as turn:
+                self._look_after(seat, elapsed_seconds)
+            failed += turn.has_failed
+        with held(Duty.SUPERVISE) as turn:
+            self._replace_next()
+        if failed or turn.has_failed:
+            time.sleep(_LOOK_SECONDS)
+
+    def _look_after(self, seat: "_Seat", elapsed_seconds: float) -> None:
+        """Start a process where there is none, hear what there is, and end what has fallen silent."""
+        if seat.process is None:
+            if self._looked_at >= seat.starts_at:
+                seat.process = _Process(self._config, seat.listener)
+            return
+        for process in seat.processes:
+            process.listen(elapsed_seconds)
+            if process.silent_seconds > _PATIENCE_SECONDS:
+                _log.error("process.hangs", pid=process.pid)
+                process.kill()
+        self._has_served = self._has_served or seat.process.is_serving
+        if seat.process.has_ended:
+            ended, seat.process, seat.successor = seat.process, seat.successor, None
+            seat.starts_at = self._looked_at + (0.0 if ended.is_serving else _AGAIN_SECONDS)
+            if ended.status == STARTUP_FAILURE and not self._has_served:
+                # It would fail in the same way again.
+                self._is_leaving = self._has_failed = True
+            elif not ended.is_told:
+                _log.warning("process.ended", pid=ended.pid, status=ended.status)
+            ended.forget()
+
+    def _replace_next(self) -> None:
+        """Take the next step of replacing one process after the other.
+
+        Whoever asks while that is under way has all of them replaced once more afterwards: what a new process is to
+        read may have been written meanwhile.
+        """
+        if not self._to_replace and self._is_told_to_replace:
+            self._is_told_to_replace = False
+            self._to_replace = [(seat, seat.process) for seat in self._seats]
+        if not self._to_replace:
+            return
+        seat, old = self._to_replace[0]
+        if seat.process is not old or old is None:
+            if seat.process is not None and seat.process.is_serving:
+                del self._to_replace[0]
+        elif old.is_told:
+            return
+        elif seat.successor is None:
+            seat.successor = _Process(self._config, seat.listener)
+        elif seat.successor.is_serving:
+            old.terminate()
+        elif seat.successor.has_ended or seat.successor.age_seconds > _PATIENCE_SECONDS:
+            _log.error("process.not_replaced", pid=old.pid, status=seat.successor.status)
+            self._to_replace = []
+            successor, seat.successor = seat.successor, None
+            successor.kill()
+            successor.forget()
+
+    def _end_all(self) -> None:
+        """Tell every process to end, one after the other, and wait for them.
+
+        So dialers that one process sends away are served by the next, and nobody listens any more when the last sends
+        its own away: a connection that nobody takes before its listener closes is reset.
+        """
+        for seat in self._seats:
+            seat.listener.close()
+        processes = [process for seat in self._seats for process in seat.processes]
+        for process in processes:
+            with held(Duty.STOP):
+                process.terminate()
+                process.join(_FAREWELL_SECONDS / len(processes))
+        for process in processes:
+            process.join()
+
+
+_MANY = 4_096
+
+
+class _Process:
+    """A process that serves on a listener, as it is seen from here; it starts when this is made."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        with ExitStack() as undo:
+            self.channel, theirs = _spawn.Pipe()
+            undo.enter_context(self.channel)
+            with theirs:
+                self._process = _spawn.Process(target=_serve, args=(config, listener, theirs))
+                self._process.start()
+            undo.pop_all()
+        self.is_serving = False
+        self.is_told = False
+        self.is_mute = False
+        self.silent_seconds = 0.0
+        self.age_seconds = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def sentinel(self) -> int:
+        return self._process.sentinel
+
+    @property
+    def status(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def listen(self, elapsed_seconds: float) -> None:
+        """Take what it has said."""
+        self.silent_seconds += elapsed_seconds
+        self.age_seconds += elapsed_seconds
+        try:
+            while not self.is_mute and self.channel.poll():
+                self.is_serving = self.channel.recv_bytes() == _SERVING
+                self.silent_seconds = 0.0
+        except (EOFError, OSError):
+            self.is_mute = True  # it is about to end
+
+    def terminate(self) -> None:
+        """Have it answer what it has taken, and end."""
+        self.is_told = True
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def join(self, seconds: float | None = None) -> None:
+        self._process.join(seconds)
+
+    def forget(self) -> None:
+        """Let go of one that has ended, or was killed."""
+        self.channel.close()
+        self._process.join()
+        mark_process_dead(self.pid)  # type: ignore[no-untyped-call]  # the library's; nothing waits in its queue any more
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A listener, the process that serves on it, and the one that is to take its place."""
+
+    listener: socket.socket
+    process: _Process | None = None
+    successor: _Process | None = None
+    starts_at: float = 0.0
+
+    @property
+    def processes(self) -> list[_Process]:
+        return [process for process in (self.process, self.successor) if process is not None]
+
+
+@contextmanager
+def _heed_signals(heed: Callable[[int], None]) -> Iterator[socket.socket]:
+    """Have signals heeded, and yield what can be read when there was one."""
+    told, telling = socket.socketpair()
+    with told, telling, ExitStack() as undo:
+        telling.settimeout(0)
+        undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            undo.callback(signal.signal, number, signal.signal(number, lambda number, _: heed(number)))
+        for number in _NOT_HEEDED:
+            undo.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+        yield told
+
+
+def _serve(config: uvicorn.Config, listener: socket.socket, channel: Connection) -> None:
+    """Serve on a listener; called in a process of its own."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that hangs up means who started this one
+    server = uvicorn.Server(config)
+    threading.Thread(target=_report, args=(server, channel), name="voicetx-report", daemon=True).start()
+    with suppress(KeyboardInterrupt):
+        server.run([listener])
+
+
+def _report(server: uvicorn.Server, channel: Connection) -> None:
+    """Say again and again how far this process is; where nobody hears it any more, have the process end."""
+    with suppress(OSError):
+        while True:
+            channel.send_bytes(_SERVING if server.started else _STARTING)
+            channel.poll(_BEAT_SECONDS)  # returns at once when the other end closes
+    if not server.should_exit:
+        _log.warning("process.left_alone", pid=os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,91 @@
+"""The processes that serve: how many there are, and how connections are shared out among them.
+
+`voicetx serve` calls this before anything of an update happens. Each process has a listener of its own on the same port
+(SO_REUSEPORT, Linux), among which the kernel shares connections out: on a common listener one process was seen to take
+51 of 64. The listeners stay open here: while a process starts again, its new connections wait. Knows no request.
+"""
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from voicetx.access.throttle import COUNTS_FILE_VARIABLE
+from voicetx.addresses import FileAddress, read_database_url
+from voicetx.server.protocol import ContractProtocol
+from voicetx.server.supervisor import Supervisor
+from voicetx.settings import Settings
+
+_BACKLOG = 2048
+_MOST_BY_DEFAULT = 4
+_HAS_SHARED_PORTS = sys.platform == "linux"
+
+
+def count_workers(settings: Settings) -> int:
+    """Return how many processes serve: as told, or else as many as pay.
+
+    A file has one writer at a time, so one process; a server database as many as there are processors, at most four.
+    """
+    if settings.workers > 0:
+        return settings.workers
+    if isinstance(read_database_url(settings.database_url.get_secret_value()), FileAddress):
+        return 1
+    return max(1, min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)) if _HAS_SHARED_PORTS else os.cpu_count() or 1))
+
+
+def listen(host: str, port: int, workers: int) -> list[socket.socket]:
+    """Return listeners on an address, one for each process; raises OSError where it cannot be had or is in use.
+
+    From now on a client that connects waits to be served; it is not refused.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    if workers == 1 or not _HAS_SHARED_PORTS:
+        return [_open(address[:2], family, shares_port=False)]
+    # A shared port may be bound once more by anybody of the same user: first make sure that nobody has it.
+    with _open(address[:2], family, shares_port=False) as probe:
+        free_address = probe.getsockname()[:2]
+    return [_open(free_address, family, shares_port=True) for _ in range(workers)]
+
+
+def _open(address: Any, family: int, *, shares_port: bool) -> socket.socket:
+    listener = socket.create_server(address, family=family, backlog=_BACKLOG, reuse_port=shares_port)
+    listener.set_inheritable(True)
+    return listener
+
+
+def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) -> bool:
+    """Serve until SIGTERM or SIGINT; say whether it ever got as far as serving."""
+    config = uvicorn.Config(
+        "voicetx.server.app:create_served_app",
+        factory=True,
+        http=ContractProtocol,
+        workers=workers,
+        lifespan="on",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies or None,
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
+        backlog=_BACKLOG,
+    )
+    if workers == 1:
+        server = uvicorn.Server(config)
+        server.run(sockets=[listeners[0]])
+        return server.started
+    os.environ["VOICETX_WORKERS"] = str(workers)  # so each process knows how many they are, also where nobody said so
+    with tempfile.TemporaryDirectory(prefix="voicetx-") as folder:
+        # Without Redis the processes count calls together in a file, which is gone when they are.
+        os.environ[COUNTS_FILE_VARIABLE] = str(Path(folder) / "counts.db")
+        # And they add up their figures from files there (prometheus_client reads this variable when it is imported).
+        figures = Path(folder) / "figures"
+        figures.mkdir()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(figures)
+        return Supervisor(config, [listeners[number % len(listeners)] for number in range(workers)]).run()

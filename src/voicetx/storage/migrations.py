@@ -1,0 +1,141 @@
+"""Bringing a database to this release's schema, and saying whether it is there.
+
+An embedded database is upgraded by the program itself when it starts; a server database only by `voicetx db upgrade`,
+since other processes may be using it. The steps are in `alembic/versions`: one tree for both databases.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, Inspector, inspect, text
+
+from voicetx.storage.schema import metadata, voice_transaction
+from voicetx.storage.store import DatabaseMissing, DatabaseUnfit, Store
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+HEAD = "0007"
+"""The newest version in `alembic/versions`; a test compares the two. Known without importing alembic, which is slow."""
+
+_FIRST = "0001"
+_ELSEWHERE = "Give voicetx a database of its own, and name it in VOICETX_DATABASE_URL"
+
+_LOCK = 0x766F696365  # "voice": two upgrades of one server database wait for each other
+
+
+class SchemaOutdated(Exception):  # noqa: N818 - a state of the database, named as one
+    """The database is at no schema yet or an older one, and can be upgraded; the text says how."""
+
+
+def find_scripts() -> Path:
+    """Return the folder of the migrations: inside an installed package, or at the top of a checkout."""
+    packaged = Path(__file__).parents[1] / "alembic"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "alembic"
+
+
+def configure(connection: Connection) -> "Config":
+    """Return alembic's configuration for work on a connection of ours."""
+    from alembic.config import Config  # noqa: PLC0415 - see HEAD
+
+    config = Config()
+    config.set_main_option("script_location", str(find_scripts()).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+async def upgrade(store: Store) -> None:
+    """Bring the database to this release's schema, in one transaction; does nothing where it is there already.
+
+    A database file that is not there is made. Several processes may call it at once: one does it and the others find it
+    done. Raises `DatabaseUnfit` where it is a database that is not ours to change.
+    """
+
+    def work(connection: Connection) -> None:
+        from alembic import command  # noqa: PLC0415 - see HEAD
+
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+        with suppress(SchemaOutdated):
+            check_revision(connection)
+        command.upgrade(configure(connection), "head")
+
+    await store.make()
+    await store.write(work)
+
+
+async def check(store: Store) -> None:
+    """Raise `SchemaOutdated` or `DatabaseUnfit`, each with what to do, unless the schema is this release's."""
+    await store.read(check_revision)
+
+
+def check_revision(connection: Connection) -> None:
+    """Raise `SchemaOutdated` or `DatabaseUnfit` unless the database is at this release's revision; cheap queries."""
+    _check_encoding(connection)
+    tables = inspect(connection)
+    if not tables.has_table("alembic_version"):
+        _refuse_foreign(tables)
+        raise SchemaOutdated("The database holds no voicetx tables yet. Run: voicetx db upgrade")
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    if found == HEAD:
+        return
+    if found is None:
+        _refuse_foreign(tables)
+        raise SchemaOutdated("The database holds no voicetx tables any more. Run: voicetx db upgrade")
+    if not tables.has_table(voice_transaction.name):
+        raise DatabaseUnfit(
+            f"The database holds the tables of another application, at its version {found}. {_ELSEWHERE}"
+        )
+    if not _FIRST <= found < HEAD:
+        raise DatabaseUnfit(
+            f"The database is at schema {found}, which is of a newer release than this one (schema {HEAD})."
+            " Install the newest release of voicetx that has used this database"
+        )
+    raise SchemaOutdated(
+        f"The database is at schema {found} and this release needs {HEAD}. Run: voicetx db upgrade"
+        " (with the newest release of voicetx that uses this database)"
+    )
+
+
+def _check_encoding(connection: Connection) -> None:
+    if connection.dialect.name != "postgresql":
+        return
+    encoding = connection.execute(text("SELECT current_setting('server_encoding')")).scalar()
+    if encoding != "UTF8":
+        raise DatabaseUnfit(
+            f"The database's encoding is {encoding}, in which some of what dialers send cannot be kept. Make one of"
+            " encoding UTF8 (createdb --encoding=UTF8 --template=template0), and name it in VOICETX_DATABASE_URL"
+        )
+
+
+def _refuse_foreign(tables: Inspector) -> None:
+    """Raise `DatabaseUnfit` where a table that the migrations would make is there already."""
+    if taken := sorted(metadata.tables.keys() & {*tables.get_table_names()}):
+        raise DatabaseUnfit(f"The database holds a table {taken[0]} that voicetx did not make. {_ELSEWHERE}")
+
+
+async def find_differences(store: Store) -> list[str]:
+    """Return what distinguishes the database from `voicetx.storage.schema`, a line each; nothing is as it should be."""
+
+    def work(connection: Connection) -> list[str]:
+        from alembic.autogenerate import compare_metadata  # noqa: PLC0415 - see HEAD
+        from alembic.migration import MigrationContext  # noqa: PLC0415
+
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        return [str(difference) for difference in compare_metadata(context, metadata)]
+
+    return await store.read(work)
+
+
+async def prepare(store: Store) -> None:
+    """Make the database ready to serve: make or upgrade a file; raise `SchemaOutdated` for an old server database.
+
+    Raises `DatabaseUnfit` for what no upgrade makes ready.
+    """
+    try:
+        await check(store)
+    except (SchemaOutdated, DatabaseMissing):
+        if not store.is_embedded:
+            raise
+        await upgrade(store)
