@@ -178,7 +178,7 @@ def test_there_are_pages_commands_and_links() -> None:
         name_page(page) for page in PAGES
     }
     assert "](docs/contract.md)" in README
-    commands = [" ".join(arguments[:2]) for arguments in find_commands(ROOT / "README.md")]
+    commands = [" ".join(arguments[:2]) for page in PAGES for arguments in find_commands(page)]
     assert {"serve --host", "user add", "transaction show", "db upgrade"} <= set(commands)
 
 
@@ -189,14 +189,15 @@ def test_every_command_exists(page: Path) -> None:
     assert not wrong
 
 
-def test_the_readme_names_every_command() -> None:
-    """README's table of the command line has every command of the program."""
+def test_the_table_of_commands_names_every_command() -> None:
+    """The table in docs/command-line.md has every command of the program."""
     program = get_command(app)
     assert isinstance(program, TyperGroup)
     names: set[str] = set()
     for name, command in program.commands.items():
         names |= {f"{name} {below}" for below in command.commands} if isinstance(command, TyperGroup) else {name}
-    tabled = re.findall(r"`voicetx ([^`]+)`", read_section(README, "The command line"))
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    tabled = re.findall(r"`voicetx ([^`]+)`", read_section(page, "Commands"))
     assert set(tabled) == names
 
 
