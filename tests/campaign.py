@@ -10,7 +10,8 @@ from sqlalchemy import Connection
 
 from voicetx.access import authenticator
 from voicetx.access.authenticator import ApiUser, Grant
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import parse
 from voicetx.recording.recorder import commit_batch
 from voicetx.storage.store import Received

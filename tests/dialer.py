@@ -115,7 +115,7 @@ class Dialer:
 
     async def _dial(self, number: int) -> None:
         random = Random(f"{self._run}.{number}")
-        line = Line(self._ports[number % len(self._ports)], self._secret_key)
+        line = DialerLine(self._ports[number % len(self._ports)], self._secret_key)
         turn = 0
         try:
             while self._is_ringing:
@@ -125,7 +125,7 @@ class Dialer:
         finally:
             line.hang_up()
 
-    async def _deliver(self, line: "Line", body: bytes) -> None:
+    async def _deliver(self, line: "DialerLine", body: bytes) -> None:
         update = parse(body)
         key = (update.transaction_id, update.digest)
         self.sent.add(key)
@@ -150,7 +150,7 @@ class Dialer:
             await asyncio.sleep(wait_seconds)
 
 
-class Line:
+class DialerLine:
     """One connection, made when it is needed, that waits for each answer."""
 
     def __init__(self, port: int, secret_key: str) -> None:
@@ -188,7 +188,7 @@ def call(service: Service, secret_key: str, body: bytes) -> Answer:
     """Send one update on a connection of its own and return its answer."""
 
     async def run() -> Answer:
-        line = Line(service.port, secret_key)
+        line = DialerLine(service.port, secret_key)
         try:
             return await line.send(body)
         finally:

@@ -8,7 +8,8 @@ from sqlalchemy import Connection, update
 
 from voicetx.access import authenticator
 from voicetx.access.authenticator import ApiUser, Grant
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.registration import register_transactions
 from voicetx.reading.reports import TransactionReport, report_transaction
 from voicetx.storage.schema import voice_transaction
 from voicetx.storage.store import Store

@@ -23,7 +23,8 @@ from voicetx.access.authenticator import Authenticator, Grant
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.receipts import RECEIPTS_PATH
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import UPDATE_PATH
 from voicetx.server.app import create_app
 from voicetx.server.protocol import ContractProtocol

@@ -15,7 +15,8 @@ from bodies import TROMBONE, encode, make_body
 from test_app import served_app
 from voicetx.access import authenticator
 from voicetx.access.authenticator import Grant
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.clocks import find_set_back, measure_seconds, place_end
 from voicetx.contract.merge import fold
 from voicetx.contract.refusals import Rejected

@@ -24,7 +24,8 @@ from servers import Service
 from test_app import connect, running_app
 from voicetx.access import authenticator
 from voicetx.access.authenticator import Grant
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.merge import Transaction, apply, fold
 from voicetx.contract.update import UPDATE_PATH, parse
 from voicetx.counting import activity

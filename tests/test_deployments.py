@@ -6,7 +6,7 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voicetx.campaigns.deployments import FileFormat, Line, Loading, read_lines
+from voicetx.campaigns.id_files import FileFormat, IdLine, Loading, read_lines
 
 UNCLOSED = "not CSV: a quote on this line is not closed"
 CELLS = st.text('ab,"\r\n \u00e9', max_size=6)
@@ -22,7 +22,7 @@ def test_a_csv_is_read_as_any_reader_would(rows: list[tuple[str, int, str]]) -> 
     )
     lines = text.getvalue().split("\n")[:-1]
     reader = csv.reader((line + "\n" for line in lines), strict=True)
-    expected = [Line(reader.line_num, row[1]) for row in reader]
+    expected = [IdLine(reader.line_num, row[1]) for row in reader]
     assert list(read_lines((line + "\n" for line in lines), FileFormat.CSV)) == expected[1:]
 
 
@@ -30,11 +30,11 @@ def test_a_quote_that_is_not_closed_costs_its_line_only() -> None:
     """Quotes that nobody closes are given up after a hundred lines, or 128 KiB, or the file; what follows is read."""
     for line in ("b\n", "b" * 128 + "\n", "b" * 70_000 + "\n"):
         found = list(read_lines(["transaction-id\n", '"a\n', *[line] * 200, "end\n"], FileFormat.CSV))
-        assert found[0] == Line(2, None, UNCLOSED)
+        assert found[0] == IdLine(2, None, UNCLOSED)
         assert [row.number for row in found[1:]] == [*range(3, 204)]
-        assert found[-1] == Line(203, "end")
+        assert found[-1] == IdLine(203, "end")
     found = list(read_lines(["transaction-id\n", "a\n", '"b\n', "c\n"], FileFormat.CSV))
-    assert found == [Line(2, "a"), Line(3, None, UNCLOSED), Line(4, "c")]
+    assert found == [IdLine(2, "a"), IdLine(3, None, UNCLOSED), IdLine(4, "c")]
 
 
 @given(
@@ -70,7 +70,7 @@ def test_whatever_quotes_do_no_line_is_lost(cells: list[str], delimiter: str) ->
 def test_each_line_comes_to_one_thing(names: list[str | None], elsewhere: set[str], at_once: int) -> None:
     """In whatever portions lines are registered, each is the first of its id, one more of it, or at fault."""
     loading, faults = Loading(), []
-    lines = [Line(number, name, None if name else "bad") for number, name in enumerate(names, start=1)]
+    lines = [IdLine(number, name, None if name else "bad") for number, name in enumerate(names, start=1)]
     for start in range(0, len(lines), at_once):
         loading.add(lines[start : start + at_once])
         faults += loading.settle(elsewhere & set(loading.ids))

@@ -23,7 +23,7 @@ from test_tallies import count_plainly, read_tallies
 from voicetx.access.authenticator import Authenticator
 from voicetx.access.throttle import Throttle
 from voicetx.api import operations
-from voicetx.campaigns import retention
+from voicetx.campaigns.purge import purge_transactions
 from voicetx.contract.merge import Transaction, fold
 from voicetx.contract.update import parse, restore
 from voicetx.counting import folding, tallies
@@ -79,7 +79,7 @@ def test_whoever_serves_needs_no_more_than_to_write_the_tables(postgresql: Postg
             await folding.Folder(store).fold()
             assert await store.read(tallies.read_registered) == {"unassigned": (1, 1)}
             assert (
-                await retention.purge(store, time.time_ns() // 1_000_000 + 60_000, advance=lambda _: None)
+                await purge_transactions(store, time.time_ns() // 1_000_000 + 60_000, advance=lambda _: None)
             ).transactions == 1
         finally:
             await store.close()

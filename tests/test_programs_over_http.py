@@ -33,7 +33,7 @@ from voicetx.access import authenticator
 from voicetx.access.authenticator import Grant
 from voicetx.api.endpoints import answer_json
 from voicetx.api.receipts import MOST_RECEIPTS
-from voicetx.campaigns.deployments import register_transactions
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import UPDATE_PATH, parse
 from voicetx.reading.exports import defuse
 from voicetx.reading.listings import list_transactions

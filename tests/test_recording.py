@@ -17,7 +17,8 @@ from sqlalchemy import func, select, text
 
 from bodies import encode, make_body, updates_of
 from conftest import EVERY_DATABASE, make_database
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.merge import Transaction, fold
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import Update, parse

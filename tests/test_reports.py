@@ -16,7 +16,8 @@ from sqlalchemy import Connection, select
 from bodies import encode, updates_of
 from test_tallies import seconds
 from voicetx.access import authenticator
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import DropCode, parse
 from voicetx.counting import activity, tallies
 from voicetx.counting.folding import Folder

@@ -15,9 +15,14 @@ from bodies import TROMBONE, encode, make_body
 from platform_side import HIGH_LIMIT, date_back
 from voicetx.access import authenticator
 from voicetx.access.authenticator import Grant
-from voicetx.campaigns import retention
-from voicetx.campaigns.deployments import create_deployment, list_deployments, register_transactions
-from voicetx.campaigns.retention import AuditRecord, Erased, Purged, StillReported
+from voicetx.campaigns import audit as audit_module
+from voicetx.campaigns import erase as erase_module
+from voicetx.campaigns import purge as purge_module
+from voicetx.campaigns.audit import AuditedRun, AuditRecord, list_audit_records
+from voicetx.campaigns.deployments import create_deployment, list_deployments
+from voicetx.campaigns.erase import Erased, StillReported, erase_number
+from voicetx.campaigns.purge import Purged, purge_transactions
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.merge import fold
 from voicetx.contract.privacy import digest_number
 from voicetx.contract.refusals import Rejected
@@ -92,12 +97,12 @@ async def show(store: Store, transaction_id: str) -> TransactionReport | None:
 
 async def purge(store: Store, before_ms: int = CUT_OFF_MS, **options: Any) -> Purged:
     """Purge, showing no progress."""
-    return await retention.purge(store, before_ms, **{"advance": lambda _: None} | options)
+    return await purge_transactions(store, before_ms, **{"advance": lambda _: None} | options)
 
 
 async def erase(store: Store, **options: Any) -> Erased:
     """Erase the number, showing no progress."""
-    return await retention.erase(store, NUMBER, **{"advance": lambda _: None, "settle_seconds": 0} | options)
+    return await erase_number(store, NUMBER, **{"advance": lambda _: None, "settle_seconds": 0} | options)
 
 
 async def read_all(store: Store) -> dict[str, list[Any]]:
@@ -112,7 +117,7 @@ async def read_all(store: Store) -> dict[str, list[Any]]:
 
 async def list_records(store: Store) -> list[AuditRecord]:
     """Return the audit records."""
-    return await store.read(retention.list_audit_records)
+    return await store.read(list_audit_records)
 
 
 async def fill(store: Store) -> None:
@@ -173,8 +178,8 @@ async def test_one_deployment_is_purged_by_itself(store: Store) -> None:
 
 async def test_a_purge_that_was_stopped_is_run_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between two batches, what was deleted is deleted whole and on record; the next run does the rest."""
-    monkeypatch.setattr(retention, "_TRANSACTIONS_AT_ONCE", 10)
-    monkeypatch.setattr(retention, "_UPDATES_AT_ONCE", 4)
+    monkeypatch.setattr(purge_module, "_TRANSACTIONS_AT_ONCE", 10)
+    monkeypatch.setattr(purge_module, "_UPDATES_AT_ONCE", 4)
     ids = [f"tx-{number:02}" for number in range(35)]
     await make_deployment(store, "old", ids)
     await record(store, *(make_body(name) for name in ids))
@@ -206,7 +211,7 @@ async def test_the_record_says_what_was_purged_and_by_whom(store: Store) -> None
     (audit,) = await list_records(store)
     assert (audit.action, audit.subject) == ("purge", {"before_ms": CUT_OFF_MS, "deployment": "old"})
     assert audit.counts == {"transactions": 3, "updates": 3}
-    assert audit.operator == retention._find_operator()
+    assert audit.operator == audit_module._find_operator()
     assert audit.ended_at_ms is not None
     assert audit.started_at_ms <= audit.ended_at_ms
 
@@ -255,14 +260,14 @@ async def test_what_is_updated_before_it_is_deleted_stays(
     """A transaction that was old when it was read and is updated before it is deleted is not purged."""
     await make_deployment(store, "old", ["tx-1", "tx-2", "tx-3"])
     await record(store, make_body("tx-1"), make_body("tx-2"))
-    write = retention._Run.write
+    write = AuditedRun.write
 
     async def write_late(run: Any, work: Any) -> None:
         # The third was never reported: its deployment's age no longer counts then.
         await record(other_store, make_body("tx-1", message="new"), make_body("tx-3"), at_ms=NEW_MS)
         await write(run, work)
 
-    monkeypatch.setattr(retention._Run, "write", write_late)
+    monkeypatch.setattr(AuditedRun, "write", write_late)
     assert await purge(store) == Purged(transactions=1, updates=1)
     found = {name: await show(store, name) for name in ("tx-1", "tx-2", "tx-3")}
     assert {name: len(report.history) for name, report in found.items() if report is not None} == {"tx-1": 2, "tx-3": 1}
@@ -323,7 +328,7 @@ async def test_updates_and_purges_at_once(
     store: Store, other_store: Store, monkeypatch: pytest.MonkeyPatch, registers_unknown: bool
 ) -> None:
     """Whatever purges come between updates, each is answered, and a transaction that is there is its whole history."""
-    monkeypatch.setattr(retention, "_TRANSACTIONS_AT_ONCE", 7)
+    monkeypatch.setattr(purge_module, "_TRANSACTIONS_AT_ONCE", 7)
     ids = [f"tx-{number:02}" for number in range(30)]
     await make_deployment(store, "old", ids)
     is_over = False
@@ -361,13 +366,13 @@ async def test_a_deployment_in_use_is_left(store: Store, monkeypatch: pytest.Mon
     """A deployment that was empty when it was looked at, and is given a transaction before it is deleted, stays."""
     await make_deployment(store, "old", [])
     await make_deployment(store, "older", [])
-    original = retention._purge_deployments
+    original = purge_module._purge_deployments
 
     async def purge_late(*arguments: Any) -> None:
         await store.write(lambda connection: register_transactions(connection, "old", ["tx-1"]))
         await original(*arguments)
 
-    monkeypatch.setattr(retention, "_purge_deployments", purge_late)
+    monkeypatch.setattr(purge_module, "_purge_deployments", purge_late)
     assert await purge(store) == Purged(deployments=1)
     assert [found.deployment_id for found in await store.read(list_deployments)] == ["old"]
 
@@ -392,7 +397,7 @@ async def test_a_deployment_that_is_being_used_is_left(store: Store, other_store
 async def test_a_deployment_that_was_made_anew_is_left(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deployment that was old when it was looked at, and has gone and been made again since, stays as it is."""
     await make_deployment(store, "old", [])
-    original = retention._delete_deployment
+    original = purge_module._delete_deployment
 
     def delete_late(connection: Connection, **arguments: Any) -> dict[str, int]:
         connection.execute(delete(deployment))
@@ -401,7 +406,7 @@ async def test_a_deployment_that_was_made_anew_is_left(store: Store, monkeypatch
         connection.execute(delete(voice_transaction))  # its tallies are looked at
         return original(connection, **arguments)
 
-    monkeypatch.setattr(retention, "_delete_deployment", delete_late)
+    monkeypatch.setattr(purge_module, "_delete_deployment", delete_late)
     assert await purge(store) == Purged()
     assert [found.transactions for found in await store.read(list_deployments)] == [1]
 
@@ -550,7 +555,7 @@ async def test_what_changes_while_it_is_masked_is_not_overwritten(
     """A value that is written between the reading and the masking stays, and the next pass looks at it."""
     await make_deployment(store, "campaign", ["tx-1"])
     await record(store, make_body("tx-1", a_party="+15550100", message="15550100"))
-    write = retention._Run.write
+    write = AuditedRun.write
     later = [make_body("tx-1", message="15550100 and more", call_endtime="2026-03-01 09:05:00.000")]
 
     async def write_late(run: Any, work: Any) -> None:
@@ -558,7 +563,7 @@ async def test_what_changes_while_it_is_masked_is_not_overwritten(
             await record(other_store, later.pop())
         await write(run, work)
 
-    monkeypatch.setattr(retention._Run, "write", write_late)
+    monkeypatch.setattr(AuditedRun, "write", write_late)
     erased = await erase(store)
     report = await show(store, "tx-1")
     assert report is not None
@@ -595,8 +600,8 @@ async def test_a_number_that_goes_on_being_reported(store: Store, other_store: S
 
 async def test_many_rows_are_masked_window_by_window(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row of every window is looked at once in a pass, and no window is left out."""
-    monkeypatch.setattr(retention, "_TRANSACTIONS_AT_ONCE", 4)
-    monkeypatch.setattr(retention, "_BODIES_AT_ONCE", 3)
+    monkeypatch.setattr(erase_module, "_TRANSACTIONS_AT_ONCE", 4)
+    monkeypatch.setattr(erase_module, "_BODIES_AT_ONCE", 3)
     ids = [f"tx-{number:02}" for number in range(11)]
     await make_deployment(store, "campaign", ids)
     for turn in range(2):
@@ -613,7 +618,7 @@ async def test_two_numbers_at_once(store: Store, other_store: Store) -> None:
     await record(store, *(make_body(name, a_party="+15550100", b_party="+15550199") for name in ids))
     await asyncio.gather(
         erase(store),
-        retention.erase(other_store, "15550199", settle_seconds=0, advance=lambda _: None),
+        erase_number(other_store, "15550199", settle_seconds=0, advance=lambda _: None),
     )
     left = str(await read_all(store))
     assert "+********" in left

@@ -29,7 +29,8 @@ from platform_side import make_user, register, run_on
 from servers import Service, clean_environment, find_family, find_free_port, has_ended, wait_until
 from test_cli import invoke
 from voicetx.access.authenticator import Grant
-from voicetx.campaigns.deployments import Deployment, create_deployment, list_deployments, register_transactions
+from voicetx.campaigns.deployments import Deployment, create_deployment, list_deployments
+from voicetx.campaigns.registration import register_transactions
 from voicetx.cli import simulate as command
 from voicetx.contract.refusals import Refusal
 from voicetx.contract.update import parse

@@ -17,8 +17,10 @@ from bodies import encode, make_body, updates_of
 from platform_side import is_anybody_waiting
 from servers import PostgreSQL
 from voicetx import duties, metrics, services
-from voicetx.campaigns import retention
-from voicetx.campaigns.deployments import create_deployment, register_transactions
+from voicetx.campaigns.deployments import create_deployment
+from voicetx.campaigns.erase import erase_number
+from voicetx.campaigns.purge import purge_transactions
+from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.merge import is_final
 from voicetx.contract.update import parse
 from voicetx.counting import tallies
@@ -154,9 +156,9 @@ async def take(store: Store, step: tuple[Any, ...]) -> None:
         case "type a number", transaction_id:
             await record(store, [make_body(transaction_id, dtmf_digits=NUMBER, times_attempted="3")])
         case "erase":
-            await retention.erase(store, NUMBER, settle_seconds=0, advance=lambda _: None)
+            await erase_number(store, NUMBER, settle_seconds=0, advance=lambda _: None)
         case "purge", minute:
-            await retention.purge(store, minute * 60_000, deployment_id=None, advance=lambda _: None)
+            await purge_transactions(store, minute * 60_000, deployment_id=None, advance=lambda _: None)
         case "fold":
             await Folder(store).fold()
 
@@ -206,7 +208,7 @@ async def test_keys_that_are_erased_under_an_update_are_counted_right(
 
     async def erase() -> None:
         other = Store(database_url)
-        await retention.erase(other, NUMBER, settle_seconds=0, advance=lambda _: None)
+        await erase_number(other, NUMBER, settle_seconds=0, advance=lambda _: None)
         await other.close()
 
     original = recorder.record_changes
@@ -279,7 +281,7 @@ async def test_a_deployment_that_goes_while_it_is_folded_leaves_no_count(postgre
         changes = await folding.run_sync(tallies.read_changes)
         counts = tallies.count_changes(changes.rows)
         await folding.run_sync(lambda connection: tallies.fold(connection, changes.rows, counts))
-        purging = asyncio.create_task(retention.purge(store, 2**60, advance=lambda _: None))
+        purging = asyncio.create_task(purge_transactions(store, 2**60, advance=lambda _: None))
         while not await store.read(is_anybody_waiting):
             assert not purging.done()
         await folding.commit()

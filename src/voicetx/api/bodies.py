@@ -77,14 +77,14 @@ def _check_head(scope: Scope, limit_bytes: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BodyLine:
     """A line's number, and its text; None where it was too long to be kept."""
 
     number: int
     text: bytes | None
 
 
-async def split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[Line]:
+async def split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[BodyLine]:
     """Yield the lines that are not blank, never keeping more than `limit_bytes` of one."""
     splitter = LineSplitter(limit_bytes)
     async for chunk in chunks:
@@ -108,7 +108,7 @@ class LineSplitter:
         self._rest: list[bytes] = []
         self._rest_size = 0
 
-    def feed(self, chunk: bytes) -> Iterator[Line]:
+    def feed(self, chunk: bytes) -> Iterator[BodyLine]:
         """Yield the lines that this chunk ends."""
         first, *others = chunk.split(b"\n")
         self._keep(first)
@@ -118,9 +118,9 @@ class LineSplitter:
             if self._number == 1:
                 text = strip_mark(text)
             if self._rest_size > self._limit_bytes:
-                yield Line(self._number, None)
+                yield BodyLine(self._number, None)
             elif text.strip():
-                yield Line(self._number, text)
+                yield BodyLine(self._number, text)
             self._rest, self._rest_size = [], 0
             self._keep(other)
 

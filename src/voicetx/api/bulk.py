@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope
 
 from voicetx.access.authenticator import ApiUser, Grant
 from voicetx.api.answers import Answer, render_refusal, to_rejected
-from voicetx.api.bodies import Line, read_chunks, split_lines
+from voicetx.api.bodies import BodyLine, read_chunks, split_lines
 from voicetx.api.endpoints import Call, for_users, take_place
 from voicetx.api.openapi import BULK_REQUEST, describe_bulk_answers
 from voicetx.contract.refusals import Refusal, Rejected
@@ -103,7 +103,7 @@ async def _wait_for(lines: Iterable[_Pending]) -> None:
             await asyncio.wait([pending.outcome])
 
 
-async def _take_line(services: Services, user: ApiUser, line: Line, codes: set[int]) -> bytes | _Pending:
+async def _take_line(services: Services, user: ApiUser, line: BodyLine, codes: set[int]) -> bytes | _Pending:
     try:
         if (admission := services.throttle.admit(user.api_key_id, user.call_limit)) is not None:
             await admission

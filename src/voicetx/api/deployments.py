@@ -46,20 +46,14 @@ from voicetx.campaigns.deployments import (
     Deployment,
     DeploymentError,
     DeploymentTaken,
-    FileFormat,
-    Line,
-    LineReader,
-    Loading,
     create_deployment,
-    guess_encoding,
-    guess_format,
     is_name,
     is_step,
     is_there,
     list_deployments,
-    mint_transactions,
-    register_transactions,
 )
+from voicetx.campaigns.id_files import FileFormat, IdFileReader, IdLine, Loading, guess_encoding, guess_format
+from voicetx.campaigns.registration import mint_transactions, register_transactions
 from voicetx.contract.refusals import Fault, Refusal, Rejected
 from voicetx.contract.update import TransactionId
 from voicetx.reading.reports import describe_deployment, format_time, mask_deployment, report_deployment
@@ -250,7 +244,7 @@ async def load(call: Call) -> Answer:
     )
 
 
-async def _load(call: Call, deployment_id: str) -> tuple[Loading, list[Line]]:
+async def _load(call: Call, deployment_id: str) -> tuple[Loading, list[IdLine]]:
     """Register what a body's lines name; return the counts, and the first lines at fault."""
     settings = call.services.settings
     chunks = read_chunks(
@@ -259,23 +253,23 @@ async def _load(call: Call, deployment_id: str) -> tuple[Loading, list[Line]]:
         limit_bytes=settings.bulk_limit_bytes,
         timeout_seconds=settings.body_timeout_seconds,
     )
-    reader: LineReader | None = None
+    reader: IdFileReader | None = None
     loading = Loading()
-    faults: list[Line] = []
+    faults: list[IdLine] = []
     async for raw in split_lines(_read_as_utf8(chunks), settings.body_limit_bytes):
         if raw.number > settings.bulk_limit_lines:
             raise Rejected(Refusal.BODY_TOO_LARGE)
         if raw.text is None:
-            loading.add([Line(raw.number, None, f"longer than {settings.body_limit_bytes} bytes")])
+            loading.add([IdLine(raw.number, None, f"longer than {settings.body_limit_bytes} bytes")])
             continue
         text = raw.text.decode("utf-8-sig" if reader is None else "utf-8", errors="replace")
-        reader = reader or LineReader(_choose_format(call, text))
+        reader = reader or IdFileReader(_choose_format(call, text))
         with _refusing_no_header():
             loading.add(reader.read(raw.number, text + "\n"))
         if loading.pending >= _LINES_AT_ONCE:
             faults += await _register(call, deployment_id, loading)
             del faults[_MOST_FAULTS:]
-    reader = reader or LineReader(_choose_format(call, ""))
+    reader = reader or IdFileReader(_choose_format(call, ""))
     with _refusing_no_header():
         loading.add(reader.end())
     faults += await _register(call, deployment_id, loading)
@@ -311,7 +305,7 @@ def _refusing_no_header() -> Iterator[None]:
         raise Rejected(Refusal.BAD_VALUE, [Fault("transaction-id", reason)]) from None
 
 
-async def _register(call: Call, deployment_id: str, loading: Loading) -> list[Line]:
+async def _register(call: Call, deployment_id: str, loading: Loading) -> list[IdLine]:
     """Register what waits, all of it in one transaction; return the lines at fault."""
     elsewhere: set[str] = set()
     if ids := loading.ids:

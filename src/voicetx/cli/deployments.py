@@ -12,8 +12,15 @@ from zoneinfo import ZoneInfo
 import typer
 from sqlalchemy import Connection
 
-from voicetx.campaigns import deployments
-from voicetx.campaigns.deployments import Deployment, FileFormat, Line, Loading, guess_encoding
+from voicetx.campaigns.deployments import (
+    Deployment,
+    create_deployment,
+    find_deployment,
+    list_deployments,
+    require_deployment,
+)
+from voicetx.campaigns.id_files import FileFormat, IdLine, Loading, guess_encoding, guess_format, read_lines
+from voicetx.campaigns.registration import mint_transactions, register_transactions
 from voicetx.cli.output import (
     AsJson,
     CommandError,
@@ -57,8 +64,8 @@ def create(
     """Make a deployment."""
 
     def work(connection: Connection) -> Deployment:
-        deployments.create_deployment(connection, deployment_id, name)
-        return deployments.find_deployment(connection, deployment_id)
+        create_deployment(connection, deployment_id, name)
+        return find_deployment(connection, deployment_id)
 
     made = write(work)
     if as_json:
@@ -70,7 +77,7 @@ def create(
 @app.command("list")
 def list_all(as_json: AsJson = False) -> None:
     """List the deployments, oldest first."""
-    rows = [_describe(found) for found in read(deployments.list_deployments)]
+    rows = [_describe(found) for found in read(list_deployments)]
     if as_json:
         print_json(rows)
     else:
@@ -87,7 +94,7 @@ def show(
     zone = _find_zone(time_zone)
 
     def work(connection: Connection) -> tuple[Deployment, DeploymentReport | None]:
-        return deployments.find_deployment(connection, deployment_id), report_deployment(connection, deployment_id)
+        return find_deployment(connection, deployment_id), report_deployment(connection, deployment_id)
 
     found, report = read(work)
     assert report is not None  # noqa: S101 - it was found
@@ -168,7 +175,7 @@ def mint(
     while count > 0:
         share = min(count, _CHUNK)
         for transaction_id in write(
-            lambda connection: deployments.mint_transactions(connection, deployment_id, share)  # noqa: B023 - run at once
+            lambda connection: mint_transactions(connection, deployment_id, share)  # noqa: B023 - run at once
         ):
             typer.echo(f'{{"transaction-id":"{transaction_id}"}}' if as_json else transaction_id)
         count -= share
@@ -188,7 +195,7 @@ def load(
     NDJSON has {"transaction-id": ...} on each line, CSV a header with transaction-id, and commas, semicolons or tabs.
     UTF-8, or UTF-16 with its mark. Bad lines are named and the rest is loaded; the exit status is then 1.
     """
-    read(lambda connection: deployments.require_deployment(connection, deployment_id))
+    read(lambda connection: require_deployment(connection, deployment_id))
     with _open(file) as source:
         lines = _read(source, file, file_format)
         loading = run_on_store(lambda store: _load(store, deployment_id, lines))
@@ -214,7 +221,7 @@ def _open(file: str) -> Iterator[TextIO]:
         yield text
 
 
-def _read(source: TextIO, file: str, file_format: FileFormat | None) -> Iterator[Line]:
+def _read(source: TextIO, file: str, file_format: FileFormat | None) -> Iterator[IdLine]:
     lines: Iterable[str] = source
     if file_format is None:
         suffix = Path(file).suffix.lower()
@@ -224,19 +231,19 @@ def _read(source: TextIO, file: str, file_format: FileFormat | None) -> Iterator
             file_format = FileFormat.NDJSON
         else:
             first = next(source, "")
-            file_format = deployments.guess_format(first)
+            file_format = guess_format(first)
             lines = chain([first] if first else [], source)
-    return deployments.read_lines(lines, file_format)
+    return read_lines(lines, file_format)
 
 
-async def _load(store: Store, deployment_id: str, lines: Iterator[Line]) -> Loading:
+async def _load(store: Store, deployment_id: str, lines: Iterator[IdLine]) -> Loading:
     """Register chunk by chunk, each in its own transaction; return how many ids are registered, and how many faults."""
     loading = Loading()
     with follow_progress(None) as advance:
         while chunk := list(islice(lines, _CHUNK)):
             loading.add(chunk)
             elsewhere = await store.write(
-                lambda connection: deployments.register_transactions(connection, deployment_id, loading.ids)
+                lambda connection: register_transactions(connection, deployment_id, loading.ids)
             )
             for line in loading.settle(elsewhere):
                 whose = f"{line.transaction_id} " if line.transaction_id is not None else ""

@@ -11,8 +11,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from voicetx.campaigns import deployments, retention
-from voicetx.campaigns.retention import Advance, AuditRecord, StillReported
+from voicetx.campaigns.audit import Advance, AuditRecord, list_audit_records
+from voicetx.campaigns.deployments import require_deployment
+from voicetx.campaigns.erase import StillReported, erase_number
+from voicetx.campaigns.purge import purge_transactions
 from voicetx.cli.output import (
     AsJson,
     CommandError,
@@ -48,9 +50,9 @@ def purge(
     """
     before_ms = time.time_ns() // 1_000_000 - read_age(older_than)
     if deployment is not None:
-        read(lambda connection: deployments.require_deployment(connection, deployment))
+        read(lambda connection: require_deployment(connection, deployment))
     purged = _run(
-        lambda store, advance: retention.purge(
+        lambda store, advance: purge_transactions(
             store, before_ms, deployment_id=deployment, is_dry_run=dry_run, advance=advance
         )
     )
@@ -79,7 +81,7 @@ def erase(
     settle_seconds = Settings().commit_timeout_seconds
     try:
         erased = _run(
-            lambda store, advance: retention.erase(
+            lambda store, advance: erase_number(
                 store, digits, settle_seconds=settle_seconds, is_dry_run=dry_run, advance=advance
             )
         )
@@ -104,7 +106,7 @@ def group() -> None:
 @audit.command("list")
 def list_all(as_json: AsJson = False) -> None:
     """List what was purged and erased, oldest first."""
-    rows = [_describe(record) for record in read(retention.list_audit_records)]
+    rows = [_describe(record) for record in read(list_audit_records)]
     if as_json:
         print_json(rows)
         return

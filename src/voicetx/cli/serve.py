@@ -18,6 +18,7 @@ from voicetx.access import authenticator
 from voicetx.access.authenticator import AdministrationError, Grant
 from voicetx.addresses import FileAddress, read_database_url
 from voicetx.campaigns import deployments
+from voicetx.campaigns.registration import register_transactions
 from voicetx.cli.output import CommandError, write
 from voicetx.cli.simulate import accompany
 from voicetx.contract.update import UPDATE_PATH
@@ -132,7 +133,7 @@ def _make_demo(key_file: Path) -> tuple[str, str]:
     def work(connection: Connection) -> tuple[str, str | None]:
         if not deployments.is_there(connection, _DEMO_NAME):
             deployments.create_deployment(connection, _DEMO_NAME, "Demonstration")
-        deployments.register_transactions(
+        register_transactions(
             connection, _DEMO_NAME, [f"demo-{number:03}" for number in range(1, _DEMO_TRANSACTIONS + 1)]
         )
         try:

@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from voicetx.campaigns import retention
-from voicetx.campaigns.deployments import FileFormat, list_deployments, read_lines
+from voicetx.campaigns.deployments import list_deployments
+from voicetx.campaigns.id_files import FileFormat, read_lines
+from voicetx.campaigns.purge import purge_deployment
 from voicetx.cli import simulation
 from voicetx.cli.output import AsJson, CommandError, complain, print_json
 from voicetx.cli.send import KEY_VARIABLE
@@ -532,7 +533,7 @@ async def _make_room(database_url: str) -> None:
             if _LIVE_ID.fullmatch(found.deployment_id) and found.name.startswith(_LIVE_NAME)
         ]
         for deployment_id in rung[: 1 - _LIVE_KEPT]:
-            await retention.remove(store, deployment_id)
+            await purge_deployment(store, deployment_id)
     except (StoreUnavailable, ValueRefused) as error:
         complain(f"Old campaigns were not purged: {error}.")
     finally:

@@ -1,8 +1,8 @@
 """Tallies: what reports count, kept right with every write, so that no report has to read a million rows.
 
 Whoever writes a transaction adds, in the same database transaction, a row to `tally_change` that says what the
-transaction was to the reports and what it is now: `voicetx.storage.store` for a batch, `voicetx.campaigns.deployments`
-and `voicetx.campaigns.retention` for theirs. Rows are only added, so that processes which record the same deployment
+transaction was to the reports and what it is now: `voicetx.storage.store` for a batch, `voicetx.campaigns`
+for registration, purge and erasure. Rows are only added, so that processes which record the same deployment
 never wait for each other; every few seconds `voicetx.counting.folding` adds them up into `tally`. A reader takes both
 together, and so misses nothing that was acknowledged. Knows which numbers there are, not what a report makes of them
 (`voicetx.reading.reports`). Source: docs/decisions/0016-tallies.md.
