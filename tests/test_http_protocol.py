@@ -526,7 +526,7 @@ async def test_what_came_whole_is_recorded_though_nobody_waits(
                     while not protocol.pipeline and protocol in protocol.connections and not protocol._is_half_closed:
                         await asyncio.sleep(0)
             going_on.set()
-            # One whose head is known, and whose dialer has to be asked for again, with others behind it.
+            # One whose dialer has to be looked up again, with others behind it.
             async with connection(address) as (reader, writer):
                 for _ in range(2):
                     writer.write(updates[5])
@@ -534,7 +534,7 @@ async def test_what_came_whole_is_recorded_though_nobody_waits(
                 protocol = await find_protocol(app, writer)
                 authenticator._found.clear()
                 protocol.data_received(updates[5].replace(b"tx-5", b"tx-6"))
-                assert protocol._in_hand
+                assert protocol._owes_an_answer()
                 protocol.data_received(updates[7] + updates[8] + updates[9][:-1])
                 hang_up(writer)
                 protocol.connection_lost(ConnectionResetError())

@@ -136,18 +136,9 @@ def answer_error(error: Exception) -> Answer:
 
 def choose_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return the request's own `x-request-id` where it is a sane one, else a new one."""
-    return find_request_id(headers) or make_request_id()
-
-
-def find_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """Return the request's own `x-request-id` where it is a sane one."""
-    return next(
-        (value for name, value in headers if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value)), None
-    )
-
-
-def make_request_id() -> bytes:
-    """Return a new request id."""
+    for name, value in headers:
+        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+            return value
     return b"%016x" % random.getrandbits(64)
 
 

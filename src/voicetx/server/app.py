@@ -44,7 +44,6 @@ from voicetx.dashboard import signpost
 from voicetx.dashboard.live import LivePages
 from voicetx.logs import configure_logging
 from voicetx.server.fast_path import ShortWay
-from voicetx.server.heads import KnownHeads
 from voicetx.services import Services
 from voicetx.settings import Settings
 from voicetx.storage.store import StoreUnavailable
@@ -69,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         gc.set_threshold(_OBJECTS_MOST)
         try:
             # Where the protocol finds them.
-            yield {"services": services, "short_way": ShortWay(services), "known_heads": KnownHeads()}
+            yield {"services": services, "short_way": ShortWay(services)}
         finally:
             await services.close()
 

@@ -14,14 +14,15 @@ from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 import structlog
+from starlette.types import Scope
 
-from voicetx.access.authenticator import ApiUser, Grant
-from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, log_requests, make_request_id
-from voicetx.api.updates import METHODS, answer_recorded
+from voicetx.access.authenticator import ApiUser, Grant, digest_bearer
+from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, choose_request_id, log_requests
+from voicetx.api.bodies import is_encoded
+from voicetx.api.updates import METHODS, answer_recorded, find_authorization
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import UPDATE_PATH, Update, parse
 from voicetx.recording.recorder import Outcome, Recorder
-from voicetx.server.heads import Head
 from voicetx.services import Services
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ _log = structlog.get_logger(__name__)
 
 
 class _Offered(NamedTuple):
-    head: Head
+    scope: Scope
     body: bytes
     started: float
     answer: Callable[[Answer, bytes], None]
@@ -55,12 +56,12 @@ class ShortWay:
         self._done: list[_Submitted] = []
 
     def offer(
-        self, head: Head, body: bytes, answer: Callable[[Answer, bytes], None], decline: Callable[[], None]
+        self, scope: Scope, body: bytes, answer: Callable[[Answer, bytes], None], decline: Callable[[], None]
     ) -> None:
         """Take a request and have `answer` called with its answer and request id; or `decline`, with nothing done."""
         if not self._offered:
             get_running_loop().call_soon(self._take)
-        self._offered.append(_Offered(head, body, time.perf_counter(), answer, decline))
+        self._offered.append(_Offered(scope, body, time.perf_counter(), answer, decline))
 
     def _take(self) -> None:
         offered, self._offered = self._offered, []
@@ -81,9 +82,13 @@ class ShortWay:
 
     def _find_dialer(self, request: _Offered, recall: Callable[[bytes], ApiUser | None]) -> ApiUser | None:
         """Return who sends a request, where that is known here and its method, size and sender may be an update's."""
-        method, credential_digest, _, is_encoded = request.head
-        if method not in METHODS or is_encoded or len(request.body) > self._services.settings.body_limit_bytes:
+        scope = request.scope
+        if scope["method"] not in METHODS or is_encoded(scope["headers"]):
             return None
+        authorization = find_authorization(scope)
+        if authorization is None or len(request.body) > self._services.settings.body_limit_bytes:
+            return None
+        credential_digest = digest_bearer(authorization)
         user = recall(credential_digest) if credential_digest is not None else None
         return user if user is not None and Grant.TRANSACTIONS_UPDATE in user.grants else None
 
@@ -103,7 +108,7 @@ class ShortWay:
     def _answer(self) -> None:
         done, self._done = self._done, []
         answers = [_answer_outcome(submitted) for submitted in done]
-        request_ids = [submitted.request.head.request_id or make_request_id() for submitted in done]
+        request_ids = [choose_request_id(submitted.request.scope["headers"]) for submitted in done]
         for submitted, answer, request_id in zip(done, answers, request_ids, strict=True):
             try:
                 submitted.request.answer(answer, request_id)
@@ -111,7 +116,7 @@ class ShortWay:
                 _log.error("request.failed", exc_info=error)
         log_requests(
             [
-                Ended(request.head.method, UPDATE_PATH, request_id, request.started, answer.code, user)
+                Ended(request.scope["method"], UPDATE_PATH, request_id, request.started, answer.code, user)
                 for (request, user, *_), answer, request_id in zip(done, answers, request_ids, strict=True)
             ]
         )

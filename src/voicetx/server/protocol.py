@@ -3,8 +3,7 @@
 The short way: an update whose body is whole, whose dialer is known and whose throttle need not be asked elsewhere goes
 from the parser to the committer, and its answer from there to the socket, without a task, without ASGI and without
 FastAPI: those cost more than all the rest (docs/decisions/0011-short-way.md). Whatever is not such an update goes the
-way of every request, where the same steps are taken one after the other; nothing was done for it before. An update
-whose head was read before, to the last byte, is not parsed again (`voicetx.server.heads`).
+way of every request, where the same steps are taken one after the other; nothing was done for it before.
 
 What no HTTP parser takes is refused in the contract's shape, once all that was asked before it on the connection is
 answered; a method that the parser has never heard of is not supported, as any other (405). Nobody gets more memory or
@@ -63,7 +62,6 @@ from voicetx.api.answers import (
 from voicetx.api.updates import REFUSED_METHOD
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import UPDATE_PATH
-from voicetx.server.heads import Head, read_head
 
 _PATIENCE_SECONDS = 0.1  # for a body that comes after its head; then it is waited for on the way of every request
 _LAST_REQUEST_SECONDS = 0.5  # for a request that was on its way when the service was told to stop
@@ -79,9 +77,6 @@ _FILES_FOR_OTHERS = 128  # of those that the process may open, beside its connec
 
 # Where fields go that follow a body: no field of the head is meant by them (RFC 9110, section 6.5.1).
 _NOWHERE: Any = deque(maxlen=0)
-
-# Stands for a request that the parser was not asked about, where the last request seen is remembered.
-_ANOTHER: Any = object()
 
 _MALFORMED = answer_refusal(Rejected(Refusal.MALFORMED_REQUEST))
 _HEAD_TOO_LARGE = answer_refusal(Rejected(Refusal.HEAD_TOO_LARGE))
@@ -125,10 +120,7 @@ class ContractProtocol(HttpToolsProtocol):
     _is_half_closed = False  # the client sends nothing more
     _is_lost = False
     _is_leaving = False
-    _is_stopping = False  # told to stop while a request was in hand
     _is_amid_request = False  # the parser has begun one, and not ended it
-    _message = b""  # what is being parsed, where it began between two requests
-    _in_hand: bytes | None = None  # a request that the parser was not asked about, on its way
     _unread = b""  # received, and not parsed before the requests that wait are answered
     _unsettled_bytes = 0  # of a head or of trailers so far, what came in the same piece before them counted too
     _piece_bytes = 0
@@ -150,53 +142,16 @@ class ContractProtocol(HttpToolsProtocol):
         """Parse what came in."""
         if self._last_answer is not None:
             return
-        if len(data) > _PIECE_BYTES or self._unread or self._must_wait():
+        if len(data) > _PIECE_BYTES or self._unread or self.pipeline:
             self._unread += data
             self._read_on()
-        elif self._is_amid_request or self._owes_an_answer():
+        else:
             self._parse(data)
-        elif not self._take_known(data):
-            self._message = data
-            self._parse(data)
-            self._message = b""
-
-    def _take_known(self, message: bytes) -> bool:
-        """Have an update whose head was read before go the short way, without asking the parser again."""
-        short_way = self.app_state.get("short_way")
-        if short_way is None or self.flow.write_paused or self._is_leaving:
-            return False
-        known = self.app_state["known_heads"].read(message)
-        if known is None:
-            return False
-        self._unset_keepalive_if_required()
-        self._cycle_seen = _ANOTHER
-        self._unsettled_bytes = len(message)
-        self._in_hand = message
-        short_way.offer(*known, answer=self._answer_known, decline=self._parse_in_hand)
-        return True
-
-    def _answer_known(self, answer: Answer, request_id: bytes) -> None:
-        self._in_hand = None
-        if self._is_lost:
-            self._go_on()
-            return
-        is_last = self._is_stopping and not self._unread
-        self._write_answer(answer, request_id, keep_alive=not is_last)
-        if self._is_stopping and not is_last:
-            self.shutdown()
-
-    def _parse_in_hand(self) -> None:
-        message, self._in_hand = cast("bytes", self._in_hand), None
-        self._parse(message)
-        if self._unread:
-            self._read_on()
-        if self._is_stopping:
-            self.shutdown()
 
     def _read_on(self) -> None:
         """Parse what is unread, up to where requests wait for those before them."""
         unread = memoryview(self._unread)
-        while unread and not self._must_wait() and self._last_answer is None and self._is_served():
+        while unread and not self.pipeline and self._last_answer is None and self._is_served():
             self._parse(unread[:_PIECE_BYTES])
             unread = unread[_PIECE_BYTES:]
         self._unread = bytes(unread)
@@ -208,10 +163,6 @@ class ContractProtocol(HttpToolsProtocol):
     def _is_served(self) -> bool:
         """Say whether requests are still done: not once we end the connection, but when the client did."""
         return self._is_lost or not self.transport.is_closing()
-
-    def _must_wait(self) -> bool:
-        """Say whether what comes next waits for the requests before it."""
-        return bool(self.pipeline) or self._in_hand is not None
 
     def _parse(self, piece: bytes | memoryview) -> None:
         self._piece_bytes = len(piece)
@@ -308,7 +259,7 @@ class ContractProtocol(HttpToolsProtocol):
         parser = self.parser
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        if self._unread or self._in_hand is not None:
+        if self._unread:
             self.parser = parser
         self._conclude()
         if not is_answering:
@@ -347,7 +298,7 @@ class ContractProtocol(HttpToolsProtocol):
         if self._last_answer is not None:
             if is_last:
                 self._end(self._last_answer)
-        elif self._unread and not self._must_wait():
+        elif self._unread and not self.pipeline:
             self._read_on()
             self.flow.resume_reading()
         self._conclude()
@@ -384,9 +335,7 @@ class ContractProtocol(HttpToolsProtocol):
         """Take one more request where none is under way, but not for long; uvicorn would cut it off."""
         if (services := self.app_state.get("services")) is not None:
             services.leaving.set()
-        if self._in_hand is not None:
-            self._is_stopping = True  # again, once that is answered and what came behind it is read
-        elif not self._owes_an_answer():
+        if not self._owes_an_answer():
             self._is_leaving = True
             self.loop.call_later(_LAST_REQUEST_SECONDS, self._leave)
         else:
@@ -415,11 +364,10 @@ class ContractProtocol(HttpToolsProtocol):
         if short_way is None or self.flow.write_paused:
             self._serve(cycle, app)
         else:
-            head = read_head(cast("dict[str, Any]", cycle.scope))
             short_way.offer(
-                head,
+                cast("dict[str, Any]", cycle.scope),
                 bytes(cycle.body),
-                answer=partial(self._answer, cycle, head, self._message),
+                answer=partial(self._answer, cycle),
                 decline=partial(self._serve, cycle, app),
             )
 
@@ -453,21 +401,14 @@ class ContractProtocol(HttpToolsProtocol):
         cycle.response_complete = True
         self._go_on()
 
-    def _answer(
-        self, cycle: RequestResponseCycle, head: Head, message: bytes, answer: Answer, request_id: bytes
-    ) -> None:
+    def _answer(self, cycle: RequestResponseCycle, answer: Answer, request_id: bytes) -> None:
+        """Write a whole answer, and go on as uvicorn does when one is complete."""
         if cycle.disconnected:
             self._finish(cycle)
             return
-        if message and cycle.keep_alive:
-            self.app_state["known_heads"].learn(message, head, len(cycle.body))
         cycle.response_started = cycle.response_complete = True
-        self._write_answer(answer, request_id, keep_alive=cycle.keep_alive)
-
-    def _write_answer(self, answer: Answer, request_id: bytes, *, keep_alive: bool) -> None:
-        """Write a whole answer, and go on as uvicorn does when one is complete."""
-        self.transport.write(self._render(answer, request_id, keep_alive=keep_alive))
-        if not keep_alive:
+        self.transport.write(self._render(answer, request_id, keep_alive=cycle.keep_alive))
+        if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
 
@@ -507,7 +448,7 @@ class ContractProtocol(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         cycle = self._current
-        return self._in_hand is not None or (cycle is not None and not (cycle.response_complete or cycle.disconnected))
+        return cycle is not None and not (cycle.response_complete or cycle.disconnected)
 
     def _owes_an_answer(self) -> bool:
         return self._is_answering() or bool(self.pipeline)
