@@ -20,6 +20,7 @@ from structlog.processors import KeyValueRenderer, add_log_level
 
 from bodies import PRIVATE
 from dialer import Evidence
+from preloaded import Preloaded
 from servers import PostgreSQL, Service, Valkey, is_foreign
 from voicetx.logs import describe_exception
 from voicetx.storage import migrations
@@ -125,6 +126,15 @@ def evidence(record_property: Callable[[str, object], None]) -> Iterator[Evidenc
 def anyio_backend() -> str:
     """Run asynchronous tests on asyncio."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _preloaded() -> Iterator[None]:
+    """Have served programs forked from one that has imported everything; it starts with the first of them."""
+    Service.preloaded = Preloaded()
+    yield
+    Service.preloaded.close()
+    Service.preloaded = None
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ from typing import Any, ClassVar, Self
 
 import asyncpg
 
+from preloaded import Preloaded, PreloadedProgram
+
 _DEADLINE_SECONDS = 90  # for a machine that is busy with other things; a quiet one needs a few
 _UNPRIVILEGED = "nobody"
 
@@ -139,7 +141,7 @@ class Server(ABC):
         self._folder = Path(tempfile.mkdtemp(prefix=f"voicetx-{type(self).__name__.lower()}-"))
         self._log = self._folder / "log"
         self._environment = _inherit()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | PreloadedProgram | None = None
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
@@ -171,17 +173,21 @@ class Server(ABC):
     def start(self) -> None:
         """Start the server and return when it answers; raises ServerFailedError with the end of its log."""
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=self._environment,
-                cwd=self._folder,
-                user=self._user,
-                start_new_session=True,
-            )
+            self._process = self._launch(log.fileno())
         wait_until(self._is_up, f"{self._name} did not start", self._log)
+
+    def _launch(self, log: int) -> subprocess.Popen[bytes] | PreloadedProgram:
+        """Start the program, in a session of its own, its output into this file."""
+        return subprocess.Popen(
+            self._command(),
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=self._environment,
+            cwd=self._folder,
+            user=self._user,
+            start_new_session=True,
+        )
 
     def kill(self) -> None:
         """Kill every process of the server at once, and return when all are dead."""
@@ -506,6 +512,9 @@ class Service(Server):
     judge_log: ClassVar[Callable[[str], None] | None] = None
     """Gets what each served program has printed, once it has ended; raises what it has against it."""
 
+    preloaded: ClassVar[Preloaded | None] = None
+    """From where served programs are forked in tests; measurements have none and start each as its users do."""
+
     def __init__(
         self,
         database_url: str,
@@ -514,11 +523,22 @@ class Service(Server):
         environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         port: int = 0,
+        is_preloaded: bool = True,
     ) -> None:
         super().__init__(port)
+        self._is_preloaded = is_preloaded
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._environment = clean_environment(database_url, **(environment or {}))
-        self._arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", str(workers), *arguments]
+        self._arguments = [
+            "serve",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            str(workers),
+            *arguments,
+        ]
 
     def _end(self, number: signal.Signals) -> int | None:
         status = super()._end(number)
@@ -547,7 +567,14 @@ class Service(Server):
         return found
 
     def _command(self) -> list[str | Path]:
-        return [sys.executable, "-m", "voicetx", "serve", *self._arguments]
+        return [sys.executable, "-m", "voicetx", *self._arguments]
+
+    def _launch(self, log: int) -> subprocess.Popen[bytes] | PreloadedProgram:
+        if self.preloaded is None or not self._is_preloaded:
+            return super()._launch(log)
+        return self.preloaded.start(
+            self._arguments, environment=self._environment, folder=self._folder, out=log, err=log
+        )
 
     def _is_ready(self) -> bool:
         # Not httpx: each of its clients reads the machine's certificates, which would slow what is waited for.

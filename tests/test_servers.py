@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -257,13 +258,42 @@ def test_a_service_that_dies_says_why(tmp_path: Path) -> None:
 def test_a_service_that_is_late_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that is not ready before the deadline is not left running."""
     monkeypatch.setattr(servers, "_DEADLINE_SECONDS", -1)
-    service = Service(f"sqlite:///{tmp_path / 'voicetx.db'}")
+    service = Service(f"sqlite:///{tmp_path / 'voicetx.db'}", is_preloaded=False)
     before = find_descendants(os.getpid())
     # Which of the two it is depends on whether SIGTERM ends it before it is looked at.
     with pytest.raises(ServerFailedError, match=r"The service did not (start|end on SIGTERM) within"), service:
         pass
     assert not {child for child, parent in list_processes().items() if parent == os.getpid()} - before
     assert not service._folder.exists()
+
+
+def describe_processes(service: Service) -> list[object]:
+    """Return what a service and its processes have been given: signals, open files, folder, session, environment."""
+    folder = Path(f"/proc/{service.pid}")
+    workers = [Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in service.find_workers()]
+    return [
+        re.findall(r"^Sig(?:Blk|Ign|Cgt):.*$", (folder / "status").read_text(), re.MULTILINE),
+        [(folder / "fd" / str(number)).resolve().name for number in (0, 1, 2)],
+        len(list((folder / "fd").iterdir())),
+        (folder / "cwd").resolve() == service._folder,
+        (os.getsid(service.pid), os.getpgid(service.pid)) == (service.pid, service.pid),
+        [sorted(line for line in lines if "=/" not in line) for lines in workers],
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_service_that_is_forked_is_like_one_that_is_started(tmp_path: Path, workers: int) -> None:
+    """What tests fork has the same signals, files, folder, session and environment, and ends alike."""
+    assert Service.preloaded is not None
+    seen = []
+    for is_preloaded in (False, True):
+        url = f"sqlite:///{tmp_path / 'voicetx.db'}"
+        options = {"VOICETX_TIMEZONE": "Asia/Tokyo"}
+        with Service(url, workers=workers, environment=options, is_preloaded=is_preloaded) as service:
+            processes = find_descendants(service.pid)
+            seen.append([*describe_processes(service), len(processes), service.terminate()])
+            assert not processes & list_processes().keys()
+    assert seen[0] == seen[1]
 
 
 class Stubborn(servers.Server):
@@ -327,7 +357,7 @@ class Silent(Service):
 def test_a_log_with_a_secret_fails_its_test(tmp_path: Path, secret: str) -> None:
     """A served program that logs a credential, or a number that a test has sent, fails that test when it ends."""
     encode({"a-party": "+4915550009"})
-    service = Silent(f"sqlite:///{tmp_path / 'voicetx.db'}")
+    service = Silent(f"sqlite:///{tmp_path / 'voicetx.db'}", is_preloaded=False)
     with pytest.raises(AssertionError, match="what nobody may read"), service, service._log.open("a") as log:
         log.write(f'{{"event": "oops", "x": "{secret}"}}\n')
     assert not service._folder.exists()

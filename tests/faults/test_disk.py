@@ -77,7 +77,7 @@ class Unprivileged(Service):
 def test_a_file_that_cannot_be_written_is_told_of(path: Path, evidence: Evidence, is_long: bool) -> None:
     """With a file that may only be read everybody is answered 500; opened anew when it may be written, all is well."""
     secret_key = prepare_campaign(f"sqlite:///{path}")
-    with Unprivileged(f"sqlite:///{path}") as service, Dialer(service, secret_key) as dialer:
+    with Unprivileged(f"sqlite:///{path}", is_preloaded=False) as service, Dialer(service, secret_key) as dialer:
         for _ in range(5 if is_long else 1):
             dialer.wait_for_answers(50)
             set_mode(path, 0o400)
