@@ -103,7 +103,7 @@ BAD_VALUES = [
     ("call-source", "2.0"),
     ("call-state", "0"),
     ("call-state", "7"),
-    ("drop-code", "2007"),
+    ("drop-code", "2999"),
     ("drop-code", "200"),
     ("dtmf-digits", "12a"),
     ("dtmf-digits", "E"),

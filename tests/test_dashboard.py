@@ -26,6 +26,7 @@ from voicetx.access import authenticator
 from voicetx.access.authenticator import Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
+from voicetx.contract.codes import CALL_STATES, DROP_CODES
 from voicetx.contract.merge import Transaction, apply, fold
 from voicetx.contract.update import UPDATE_PATH, parse
 from voicetx.counting import activity
@@ -300,7 +301,7 @@ def test_the_page_has_the_numbers_of_the_report(instance: Instance) -> None:
         f"Inconsistent {report.inconsistent:,}",
         f"{report.unreported:,} never reported, {report.unfinished:,} reported while the call went on",
         f"Pressed in {report.pressed:,} calls",
-        *(f"{reports.DROP_CODES[code][0]} {code} {n:,}".capitalize() for code, n in report.by_drop_code.items() if n),
+        *(f"{DROP_CODES[code].text} {code} {n:,}".capitalize() for code, n in report.by_drop_code.items() if n),
         *(f"{str(meaning).capitalize()} {n:,}" for meaning, n in report.meanings.items()),
         *(f"Key {key}: {n:,}" for key, n in report.key_presses.items() if key not in "*#"),
         *(f"{name} {n:,}" for name, n in report.senders.items()),
@@ -818,7 +819,7 @@ def test_a_long_campaign_is_a_small_page() -> None:
         "Long",
         0,
         1_000_000,
-        {(state, code): 10_000 for state in reports.CALL_STATES for code in reports.DROP_CODES},
+        {(state, code): 10_000 for state in CALL_STATES for code in DROP_CODES},
         reports.Durations(900_000, 1, 30, 90),
         reports.Durations(90_000, 1, 30, 90),
         dict.fromkeys(range(1000), 900),

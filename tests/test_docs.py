@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from bodies import TROMBONE, encode, make_body
 from voicetx.cli import app
+from voicetx.contract.codes import DROP_CODES
 from voicetx.contract.refusals import Challenge, Refusal, Rejected
 from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, WIRE_NAMES, TromboneBody, UpdateBody, parse
 
@@ -106,6 +107,22 @@ def read_fields() -> dict[str, tuple[str, str]]:
     return {name: (letter, rule) for names, letter, rule in rows for name in re.findall(r"`([\w-]+)`", names)}
 
 
+def read_drop_codes() -> dict[str, tuple[str, str, str, str]]:
+    """Return the contract's table of drop codes by code: text, meaning, before or after an answer, whether an end."""
+    section = read_section((ROOT / "docs" / "contract.md").read_text(encoding="utf-8"), "2. Body fields")
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| (.*?) \| (\w+) \| (\w+) \|$", section, re.MULTILINE)
+    return {code: (text, meaning, timing, end) for code, text, meaning, timing, end in rows}
+
+
+def test_the_table_of_drop_codes_is_the_codes() -> None:
+    """Section 2 of the contract has the drop codes of `voicetx.contract.codes`, all that they say, in their order."""
+    known = {
+        code: (drop.text, drop.meaning, drop.timing, "yes" if drop.is_end else "no")
+        for code, drop in DROP_CODES.items()
+    }
+    assert list(read_drop_codes().items()) == list(known.items())
+
+
 def is_taken(field: str, value: str) -> bool:
     """Say whether an update may have that value in a field; of a call that was transferred where it has to be."""
     is_trombone = field.startswith("trombone") or (field, value) == ("call-source", "3")
@@ -136,6 +153,8 @@ def test_a_rule_of_the_table_of_fields_is_the_models(field: str) -> None:
     limit = re.search(r"(?:at most|[01] to) ([\d,]+)", rule)
     if choices:
         meanings = dict(re.findall(r"`(\w+)`(?: ([^`;,]+))?", rule))
+        if field == "drop-code":
+            meanings = {code: text for code, (text, *_) in read_drop_codes().items()}
         assert meanings.keys() == choices
         told = dict(re.findall(r"(\d+) \((.*?)\)", str(UpdateBody.model_fields[name].description)))
         for value, meaning in told.items():

@@ -18,7 +18,7 @@ from bodies import encode, make_body, updates_of
 from platform_side import is_anybody_waiting
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
-from voicetx.contract.merge import contradicts, is_final
+from voicetx.contract.codes import contradicts, is_final
 from voicetx.contract.update import parse
 from voicetx.reading import listings
 from voicetx.reading.listings import ANYTHING, Filters, ListedTransaction, Receipt, find_receipts, list_transactions

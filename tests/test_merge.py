@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import TROMBONE, encode, make_body, updates_of
-from voicetx.contract.merge import Transaction, apply, contradicts, fold
+from voicetx.contract.codes import contradicts
+from voicetx.contract.merge import Transaction, apply, fold
 from voicetx.contract.update import Update, parse
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voicetx.cli.simulation import Campaign, Mishap, Sending, simulate
-from voicetx.contract.merge import contradicts, fold, is_final
+from voicetx.contract.codes import contradicts, is_final
+from voicetx.contract.merge import fold
 from voicetx.contract.refusals import Rejected
 from voicetx.contract.update import Update, parse
 

@@ -21,7 +21,7 @@ from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.erase import erase_number
 from voicetx.campaigns.purge import purge_transactions
 from voicetx.campaigns.registration import register_transactions
-from voicetx.contract.merge import is_final
+from voicetx.contract.codes import is_final
 from voicetx.contract.update import parse
 from voicetx.counting import tallies
 from voicetx.counting.folding import Folder

@@ -36,7 +36,8 @@ from voicetx.api.openapi_programs import (
     describe_found,
     describe_query,
 )
-from voicetx.contract.update import DropCode, TransactionId
+from voicetx.contract.codes import WireCallState, WireDropCode
+from voicetx.contract.update import TransactionId
 from voicetx.reading.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
 from voicetx.reading.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
 from voicetx.reading.reports import format_time, read_time
@@ -84,10 +85,8 @@ class _Listed(Asked):
 class FilterQuery(_Listed):
     """Which transactions are wanted."""
 
-    call_state: Annotated[
-        Literal["1", "2", "3", "4", "5", "6"] | None, Field(description="a call-state, 1 to 6", examples=["5"])
-    ] = None
-    drop_code: Annotated[DropCode | None, Field(description="a drop-code", examples=["2002"])] = None
+    call_state: Annotated[WireCallState | None, Field(description="a call-state, 1 to 6", examples=["5"])] = None
+    drop_code: Annotated[WireDropCode | None, Field(description="a drop-code", examples=["2002"])] = None
     reported: Annotated[_Truth | None, _truth("whether something was reported")] = None
     finished: Annotated[_Truth | None, _truth("whether what was reported says how the call ended")] = None
     inconsistent: Annotated[_Truth | None, _truth("whether call-state and drop-code contradict each other")] = None

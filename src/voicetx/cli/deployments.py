@@ -33,9 +33,8 @@ from voicetx.cli.output import (
     run_on_store,
     write,
 )
+from voicetx.contract.codes import CALL_STATES, DROP_CODES
 from voicetx.reading.reports import (
-    CALL_STATES,
-    DROP_CODES,
     DeploymentReport,
     Durations,
     describe_deployment,
@@ -128,10 +127,16 @@ def _print_report(report: DeploymentReport, zone: ZoneInfo) -> None:
         typer.echo(f"{name:<14}{value}")
     tables: list[tuple[str, Sequence[tuple[Any, ...]]]] = [
         ("meaning", list(report.meanings.items())),
-        ("call-state", [(f"{state} {CALL_STATES[state]}", count) for state, count in report.by_call_state.items()]),
+        (
+            "call-state",
+            [(f"{state} {CALL_STATES[state].text}", count) for state, count in report.by_call_state.items()],
+        ),
         (
             "drop-code",
-            [(f"{code} {' - '.join(DROP_CODES[code])}", count) for code, count in report.by_drop_code.items()],
+            [
+                (f"{code} {DROP_CODES[code].text} - {DROP_CODES[code].meaning}", count)
+                for code, count in report.by_drop_code.items()
+            ],
         ),
         ("times-attempted", list(report.attempts.items())),
         ("key pressed", list(report.key_presses.items())),

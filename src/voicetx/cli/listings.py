@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import orjson
 import typer
@@ -18,7 +18,7 @@ import typer
 from voicetx.campaigns import deployments
 from voicetx.campaigns.deployments import is_id
 from voicetx.cli.output import AsJson, CommandError, complain, read_age, run_on_store
-from voicetx.contract.update import DropCode
+from voicetx.contract.codes import WireCallState, WireDropCode
 from voicetx.reading.exports import ExportFormat, begin_export, describe_receipt, render_rows
 from voicetx.reading.listings import Filters, ListedTransaction, find_receipts, list_transactions, match_missing
 from voicetx.reading.reports import format_time, read_time
@@ -64,8 +64,8 @@ def export(  # noqa: PLR0913 - an option each
     export_format: Annotated[
         ExportFormat | None, typer.Option("--format", help="csv or ndjson, which it is where nothing is said.")
     ] = None,
-    call_state: Annotated[Literal["1", "2", "3", "4", "5", "6"] | None, typer.Option()] = None,
-    drop_code: Annotated[DropCode | None, typer.Option()] = None,
+    call_state: Annotated[WireCallState | None, typer.Option()] = None,
+    drop_code: Annotated[WireDropCode | None, typer.Option()] = None,
     reported: Annotated[bool | None, typer.Option("--reported/--unreported")] = None,
     finished: Annotated[bool | None, typer.Option("--finished/--unfinished")] = None,
     inconsistent: Annotated[bool | None, typer.Option("--inconsistent/--consistent")] = None,

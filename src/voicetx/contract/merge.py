@@ -10,15 +10,8 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
+from voicetx.contract.codes import contradicts, is_final
 from voicetx.contract.update import Position, Update
-
-_NEVER_ANSWERED_STATES = frozenset({"1", "2", "3", "4"})
-_UNDER_WAY_STATES = frozenset({"2", "3", "4"})
-_SAY_NO_END = frozenset({"2005", "2020"})
-_ONLY_AFTER_ANSWER = frozenset({"2005"})
-_ONLY_BEFORE_ANSWER = frozenset(
-    {"1001", "1002", "1003", "1004", "1005", "1006", "1007", "2000", "2001", "2002", "2003"}
-)
 
 
 class Transaction(NamedTuple):
@@ -44,22 +37,6 @@ class Transaction(NamedTuple):
     def is_finished(self) -> bool:
         """Say whether something was reported, and it says that the call is over."""
         return self.position is not None and is_final(self.fields["call_state"], self.fields["drop_code"])
-
-
-def is_final(call_state: str, drop_code: str) -> bool:
-    """Say whether an update tells how a call ended.
-
-    Every update has a drop-code, also one during the call. A call that is being dialled, alerts or connects, and drops
-    for "other" or even with success, is still under way.
-    """
-    return call_state not in _UNDER_WAY_STATES or drop_code not in _SAY_NO_END
-
-
-def contradicts(call_state: str, drop_code: str) -> bool:
-    """Say whether a call that got as far as `call_state` can't have ended with `drop_code`."""
-    if call_state in _NEVER_ANSWERED_STATES:
-        return drop_code in _ONLY_AFTER_ANSWER
-    return drop_code in _ONLY_BEFORE_ANSWER
 
 
 def apply(transaction: Transaction, update: Update) -> Transaction:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from voicetx.contract.clocks import find_set_back, place_end
+from voicetx.contract.codes import CALL_STATES, DROP_CODES, WireCallState, WireDropCode, list_choices
 from voicetx.contract.json_text import read_object, strip_mark
 from voicetx.contract.refusals import Fault, Refusal, Rejected
 
@@ -70,23 +71,6 @@ TransactionId = Annotated[
     _rule("1 to 128 visible ASCII characters", example="demo-001", pattern=r"^[\x21-\x7e]{1,128}$"),
 ]
 Moment = Annotated[str, Privacy.NOTHING, _rule(_MOMENT_RULE, example="2014-08-26 08:00:58.211", pattern=_MOMENT)]
-DropCode = Literal[
-    "2005",
-    "1001",
-    "1002",
-    "1003",
-    "1004",
-    "1005",
-    "1006",
-    "1007",
-    "2000",
-    "2001",
-    "2002",
-    "2003",
-    "2004",
-    "2006",
-    "2020",
-]
 
 
 class _Body(BaseModel):
@@ -156,26 +140,8 @@ class UpdateBody(_Body):
     voice_tag: Annotated[
         str | None, Privacy.TEXT, _rule("at most 128 characters", example="greeting-7", max_length=128)
     ] = None
-    call_state: Annotated[
-        Literal["1", "2", "3", "4", "5", "6"],
-        Privacy.NOTHING,
-        _rule(
-            "1 (expired or suspended), 2 (initiated or dialled), 3 (alerting), 4 (connecting),"
-            " 5 (answered or connected) or 6 (trombone)",
-            example="5",
-        ),
-    ]
-    drop_code: Annotated[
-        DropCode,
-        Privacy.NOTHING,
-        _rule(
-            "2005 (success), 1001 (unobtainable), 1002 (busy line), 1003 (not in service), 1004 (congestion),"
-            " 1005 (switched off), 1006 (out of reach), 1007 (OBD timeout), 2000 (alerting timed out),"
-            " 2001 (rejected), 2002 (no answer), 2003 (subscriber busy), 2004 (user disconnected, incomplete),"
-            " 2006 (application reject, incomplete) or 2020 (other)",
-            example="2005",
-        ),
-    ]
+    call_state: Annotated[WireCallState, Privacy.NOTHING, _rule(list_choices(CALL_STATES), example="5")]
+    drop_code: Annotated[WireDropCode, Privacy.NOTHING, _rule(list_choices(DROP_CODES), example="2005")]
     drop_reason: Annotated[
         str | None, Privacy.TEXT, _rule("at most 1,024 characters", example="Normal clearing", max_length=1024)
     ] = None

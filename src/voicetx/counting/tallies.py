@@ -21,11 +21,9 @@ import orjson
 from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null, select, true, union_all
 
 from voicetx.contract.clocks import measure_seconds
+from voicetx.contract.codes import ANSWERED_STATES
 from voicetx.contract.update import TROMBONE_SOURCE
 from voicetx.storage.schema import tally, tally_change
-
-ANSWERED_STATES = frozenset({"5", "6"})
-"""The call states of a call that a person answered."""
 
 LONGEST_SECONDS = 86_400
 """A call or transfer of a day or longer is counted as one of a day."""

@@ -8,7 +8,7 @@ nothing is told that the part before could belie.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from voicetx.contract.merge import contradicts
+from voicetx.contract.codes import contradicts
 from voicetx.contract.update import WIRE_NAMES, Update, restore
 from voicetx.dashboard.charts import Point
 from voicetx.reading.reports import HistoryEntry, TransactionReport

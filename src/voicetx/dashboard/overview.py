@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
+from voicetx.contract.codes import CALL_STATES, DROP_CODES, Meaning
 from voicetx.dashboard.charts import Part
 from voicetx.reading.listings import ListedTransaction
-from voicetx.reading.reports import CALL_STATES, DROP_CODES, DeploymentReport, Meaning
+from voicetx.reading.reports import DeploymentReport
 
 KINDS: Mapping[Meaning, str] = {
     Meaning.SUCCESS: "success",
@@ -114,9 +115,9 @@ class Overview:
                 meanings[meaning],
                 meanings[meaning] / whole,
                 [
-                    Row(code, text, codes[code], codes[code] / whole, codes[code] / longest)
-                    for code, (text, its_meaning) in DROP_CODES.items()
-                    if its_meaning is meaning and codes[code]
+                    Row(code, drop.text, codes[code], codes[code] / whole, codes[code] / longest)
+                    for code, drop in DROP_CODES.items()
+                    if drop.meaning is meaning and codes[code]
                 ],
             )
             for meaning, kind in KINDS.items()
@@ -130,7 +131,8 @@ class Overview:
     @cached_property
     def states(self) -> list[Row]:
         """The reported transactions by call state; those that nobody reported are left out."""
-        return _to_rows({state: number for state, number in self.report.by_call_state.items() if number}, CALL_STATES)
+        counts = {state: number for state, number in self.report.by_call_state.items() if number}
+        return _to_rows(counts, {state: CALL_STATES[state].text for state in counts})
 
     @cached_property
     def keys(self) -> list[Row]:

@@ -27,6 +27,7 @@ from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.api.updates import client_address, require_grant
 from voicetx.campaigns.deployments import is_id, is_there, list_deployments
 from voicetx.contract import privacy
+from voicetx.contract.codes import CALL_STATES, DROP_CODES
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.dashboard import sessions
 from voicetx.dashboard.history import judge_history, plot_history
@@ -36,7 +37,7 @@ from voicetx.dashboard.rendering import ASSETS, render
 from voicetx.dashboard.sessions import PATH
 from voicetx.reading.exports import mask_listed
 from voicetx.reading.listings import Filters, ListedTransaction, list_transactions, match_missing
-from voicetx.reading.reports import CALL_STATES, DROP_CODES, mask_transaction, report_transaction, report_users
+from voicetx.reading.reports import mask_transaction, report_transaction, report_users
 from voicetx.services import Services
 from voicetx.storage.store import StoreUnavailable
 

@@ -17,10 +17,10 @@ from zoneinfo import ZoneInfo
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from voicetx.contract.codes import CALL_STATES, DROP_CODES
 from voicetx.contract.refusals import Refusal
 from voicetx.dashboard import charts
 from voicetx.dashboard.overview import KINDS, SPANS, Overview
-from voicetx.reading.reports import CALL_STATES, DROP_CODES
 
 PARTS = ("clock", "headline", "figures", "outcomes", "timeline", "keys", "talk", "attempts", "senders", "missing")
 """The parts of a deployment's page that change while it is open; each has the id `part-` and its name."""

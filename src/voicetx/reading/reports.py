@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
-from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 from uuid import UUID
@@ -20,10 +19,10 @@ import orjson
 from sqlalchemy import Connection, func, select
 
 from voicetx.contract import privacy
-from voicetx.contract.merge import contradicts, is_final
+from voicetx.contract.codes import ANSWERED_STATES, CALL_STATES, DROP_CODES, Meaning, contradicts, is_final
 from voicetx.contract.update import WIRE_NAMES
 from voicetx.counting import activity, tallies
-from voicetx.counting.tallies import ANSWERED_STATES, Counts, Measure
+from voicetx.counting.tallies import Counts, Measure
 from voicetx.storage.schema import FIELD_NAMES, api_user, deployment, voice_transaction, voice_update
 
 _MINUTE_MS = 60_000
@@ -158,47 +157,6 @@ def read_time(text: str) -> int:
     return int(datetime.fromisoformat(text.upper()).timestamp() * 1000)
 
 
-class Meaning(StrEnum):
-    """What a drop code means for the campaign."""
-
-    SUCCESS = "success"
-    TRY_AGAIN = "try again later"
-    NEVER_AGAIN = "never again"
-    REFUSED = "refused by the person"
-    LINE_FAULT = "fault of the line"
-    UNKNOWN = "other"
-
-
-CALL_STATES: Mapping[str, str] = {
-    "1": "expired or suspended",
-    "2": "initiated or dialled",
-    "3": "alerting",
-    "4": "connecting",
-    "5": "answered or connected",
-    "6": "trombone",
-}
-"""The call states of the contract, in words."""
-
-DROP_CODES: Mapping[str, tuple[str, Meaning]] = {
-    "2005": ("success", Meaning.SUCCESS),
-    "1001": ("unobtainable", Meaning.NEVER_AGAIN),
-    "1002": ("busy line", Meaning.TRY_AGAIN),
-    "1003": ("not in service", Meaning.NEVER_AGAIN),
-    "1004": ("congestion", Meaning.LINE_FAULT),
-    "1005": ("switched off", Meaning.TRY_AGAIN),
-    "1006": ("out of reach", Meaning.TRY_AGAIN),
-    "1007": ("OBD timeout", Meaning.LINE_FAULT),
-    "2000": ("alerting timed out", Meaning.TRY_AGAIN),
-    "2001": ("rejected", Meaning.REFUSED),
-    "2002": ("no answer", Meaning.TRY_AGAIN),
-    "2003": ("subscriber busy", Meaning.TRY_AGAIN),
-    "2004": ("user disconnected (incomplete)", Meaning.REFUSED),
-    "2006": ("application reject (incomplete)", Meaning.LINE_FAULT),
-    "2020": ("other", Meaning.UNKNOWN),
-}
-"""The drop codes of the contract in words, and what each means; in the contract's order."""
-
-
 @dataclass(frozen=True, slots=True)
 class Durations:
     """How many calls or transfers there were, and their whole seconds by nearest rank; None for none."""
@@ -274,7 +232,7 @@ class DeploymentReport:
         """How many reported transactions there are by what their drop code means; each meaning is there."""
         found = dict.fromkeys(Meaning, 0)
         for (_, code), number in self.outcomes.items():
-            found[DROP_CODES[code][1]] += number
+            found[DROP_CODES[code].meaning] += number
         return found
 
     @property
@@ -345,14 +303,14 @@ def describe_deployment(report: DeploymentReport, time_zone: ZoneInfo) -> dict[s
         "updates": report.updates,
         "by_meaning": {str(meaning): number for meaning, number in report.meanings.items()},
         "by_call_state": [
-            {"call-state": state, "text": CALL_STATES[state], "transactions": number}
+            {"call-state": state, "text": CALL_STATES[state].text, "transactions": number}
             for state, number in report.by_call_state.items()
         ],
         "by_drop_code": [
             {
                 "drop-code": code,
-                "text": DROP_CODES[code][0],
-                "meaning": str(DROP_CODES[code][1]),
+                "text": DROP_CODES[code].text,
+                "meaning": str(DROP_CODES[code].meaning),
                 "transactions": number,
             }
             for code, number in report.by_drop_code.items()
