@@ -114,20 +114,52 @@ async def test_what_is_not_this_releases_schema_is_refused(empty_url: str) -> No
     await store.close()
 
 
-@pytest.mark.parametrize("version", ["1975ea83b712", "0001", "0999"], ids=["a hash", "a number of ours", "a number"])
-async def test_the_tables_of_another_application_are_left_alone(empty_url: str, version: str) -> None:
+OWN_VERSION_TABLE = "create table alembic_version (version_num varchar(32) not null)"
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [["1975ea83b712"], ["0001"], ["0999"], [HEAD], ["1975ea83b712", HEAD]],
+    ids=["a hash", "a number of ours", "a number", "our newest number", "two branches"],
+)
+async def test_the_tables_of_another_application_are_left_alone(empty_url: str, versions: list[str]) -> None:
     """Another application's migrations are told from ours, whatever it calls them; its database is refused."""
 
     def fill(connection: Connection) -> None:
-        connection.execute(text("create table alembic_version (version_num varchar(32) not null)"))
-        connection.execute(text(f"insert into alembic_version values ('{version}')"))
+        connection.execute(text(OWN_VERSION_TABLE))
+        for version in versions:
+            connection.execute(text(f"insert into alembic_version values ('{version}')"))
 
     store = Store(empty_url)
     await store.write(fill)
     for attempt in (migrations.check, migrations.prepare, migrations.upgrade):
         with pytest.raises(DatabaseUnfit, match=r"another application.* VOICETX_DATABASE_URL"):
             await attempt(store)
+    assert await operations.describe_database(store) == "unfit"
     assert await store.read(lambda connection: inspect(connection).get_table_names()) == ["alembic_version"]
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("insert into alembic_version values ('0003')", "several schemas at once, 0003 and 0007"),
+        ("delete from alembic_version", "does not say at which schema"),
+        ("drop table alembic_version", "does not say at which schema"),
+        ("drop table tally", "no table tally"),
+    ],
+    ids=["two versions", "no version", "no table of versions", "a table is gone"],
+)
+async def test_a_database_of_ours_that_somebody_spoilt_is_a_sentence(
+    database_url: str, change: str, sentence: str
+) -> None:
+    """Where tables of ours are there and what they are is not to be told, that is said, and nothing is changed."""
+    store = Store(database_url)
+    await store.write(lambda connection: connection.execute(text(change)))
+    for attempt in (migrations.check, migrations.prepare, migrations.upgrade):
+        with pytest.raises(DatabaseUnfit, match=f"{sentence}.* backup"):
+            await attempt(store)
+    assert await operations.describe_database(store) == "unfit"
     await store.close()
 
 

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, Inspector, inspect, text
+from sqlalchemy import Connection, inspect, text
 
-from voicetx.storage.schema import metadata, voice_transaction
+from voicetx.storage.schema import are_ours, metadata
 from voicetx.storage.store import DatabaseMissing, DatabaseUnfit, Store
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HEAD = "0007"
 """The newest version in `alembic/versions`; a test compares the two. Known without importing alembic, which is slow."""
 
-_FIRST = "0001"
+_KNOWN = frozenset(f"{number:04}" for number in range(1, int(HEAD) + 1))
 _ELSEWHERE = "Give voicetx a database of its own, and name it in VOICETX_DATABASE_URL"
 
 _LOCK = 0x766F696365  # "voice": two upgrades of one server database wait for each other
@@ -73,29 +73,47 @@ async def check(store: Store) -> None:
 def check_revision(connection: Connection) -> None:
     """Raise `SchemaOutdated` or `DatabaseUnfit` unless the database is at this release's revision; cheap queries."""
     _check_encoding(connection)
-    tables = inspect(connection)
-    if not tables.has_table("alembic_version"):
-        _refuse_foreign(tables)
-        raise SchemaOutdated("The database holds no voicetx tables yet. Run: voicetx db upgrade")
-    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    if found == HEAD:
-        return
-    if found is None:
-        _refuse_foreign(tables)
-        raise SchemaOutdated("The database holds no voicetx tables any more. Run: voicetx db upgrade")
-    if not tables.has_table(voice_transaction.name):
-        raise DatabaseUnfit(
-            f"The database holds the tables of another application, at its version {found}. {_ELSEWHERE}"
+    tables = set(inspect(connection).get_table_names())
+    has_versions = "alembic_version" in tables
+    versions = (
+        connection.scalars(text("SELECT version_num FROM alembic_version ORDER BY 1")).all() if has_versions else ()
+    )
+    if not versions and not are_ours(tables):
+        _refuse_taken(tables)
+        raise SchemaOutdated(
+            f"The database holds no voicetx tables {'any more' if has_versions else 'yet'}. Run: voicetx db upgrade"
         )
-    if not _FIRST <= found < HEAD:
+    if not are_ours(tables):
+        raise DatabaseUnfit(
+            f"The database holds the tables of another application, at its version {' and '.join(versions)}."
+            f" {_ELSEWHERE}"
+        )
+    if not versions:
+        raise DatabaseUnfit(
+            "The database holds voicetx tables, but its table alembic_version does not say at which schema they are."
+            " Restore a backup"
+        )
+    if len(versions) > 1:
+        raise DatabaseUnfit(
+            f"The database is at several schemas at once, {' and '.join(versions)}, as its table alembic_version says."
+            " Delete the row there that is not true, or restore a backup"
+        )
+    [found] = versions
+    if found not in _KNOWN:
         raise DatabaseUnfit(
             f"The database is at schema {found}, which is of a newer release than this one (schema {HEAD})."
             " Install the newest release of voicetx that has used this database"
         )
-    raise SchemaOutdated(
-        f"The database is at schema {found} and this release needs {HEAD}. Run: voicetx db upgrade"
-        " (with the newest release of voicetx that uses this database)"
-    )
+    if found != HEAD:
+        raise SchemaOutdated(
+            f"The database is at schema {found} and this release needs {HEAD}. Run: voicetx db upgrade"
+            " (with the newest release of voicetx that uses this database)"
+        )
+    if missing := sorted(metadata.tables.keys() - tables):
+        raise DatabaseUnfit(
+            f"The database is at schema {found}, but holds no table {missing[0]}, which belongs to that."
+            " Restore a backup"
+        )
 
 
 def _check_encoding(connection: Connection) -> None:
@@ -109,9 +127,9 @@ def _check_encoding(connection: Connection) -> None:
         )
 
 
-def _refuse_foreign(tables: Inspector) -> None:
+def _refuse_taken(tables: set[str]) -> None:
     """Raise `DatabaseUnfit` where a table that the migrations would make is there already."""
-    if taken := sorted(metadata.tables.keys() & {*tables.get_table_names()}):
+    if taken := sorted(metadata.tables.keys() & tables):
         raise DatabaseUnfit(f"The database holds a table {taken[0]} that voicetx did not make. {_ELSEWHERE}")
 
 

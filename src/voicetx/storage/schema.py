@@ -5,6 +5,8 @@
 milliseconds since 1970 UTC; times from the wire are kept as they were sent. This module knows no statement.
 """
 
+from collections.abc import Collection
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -157,3 +159,8 @@ audit_record = Table(
     Column("started_at_ms", BigInteger, nullable=False),
     Column("ended_at_ms", BigInteger, comment="null while it runs, and where it was stopped"),
 )
+
+
+def are_ours(table_names: Collection[str]) -> bool:
+    """Say whether these are the tables of a voicetx database, whatever its schema: nobody else's have such names."""
+    return voice_transaction.name in table_names or voice_update.name in table_names
