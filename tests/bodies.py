@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from voicetx.contract.update import PRIVACY, WIRE_NAMES, Privacy
+from voicetx.contract.fields import PRIVACY, WIRE_NAMES, Privacy
 
 GONE = object()
 """As a value: leave the field out."""

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from bodies import TROMBONE, make_body
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.contract.update import UPDATE_PATH, WIRE_NAMES
+from voicetx.contract.fields import WIRE_NAMES
+from voicetx.contract.update import UPDATE_PATH
 
 NUMBER, DIGITS = "+4915112345678", "9081*7265#"
 """A phone number and DTMF digits that are in most bodies: nothing that the service says may hold them."""

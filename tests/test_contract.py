@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import GONE, TROMBONE, encode, make_body
+from voicetx.contract.fields import WIRE_NAMES
 from voicetx.contract.refusals import Fault, Refusal, Rejected
-from voicetx.contract.update import WIRE_NAMES, parse, restore
+from voicetx.contract.update import parse, restore
 
 MANDATORY = ["transaction-id", "call-starttime", "call-endtime", "call-source", "call-state", "drop-code"]
 

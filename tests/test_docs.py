@@ -17,8 +17,9 @@ from typer.main import get_command
 from bodies import TROMBONE, encode, make_body
 from voicetx.cli import app
 from voicetx.contract.codes import DROP_CODES
+from voicetx.contract.fields import WIRE_NAMES, TromboneBody, UpdateBody
 from voicetx.contract.refusals import Challenge, Refusal, Rejected
-from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, WIRE_NAMES, TromboneBody, UpdateBody, parse
+from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, parse
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "voicetx"

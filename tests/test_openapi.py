@@ -14,8 +14,9 @@ from openapi_spec_validator import validate
 
 from bodies import TROMBONE, encode, make_body
 from voicetx.api.bulk import BULK_PATH
+from voicetx.contract.fields import WIRE_NAMES, UpdateBody
 from voicetx.contract.refusals import Refusal, Rejected
-from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, WIRE_NAMES, UpdateBody, parse
+from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, parse
 from voicetx.server.app import create_app
 from voicetx.settings import Settings
 

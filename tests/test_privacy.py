@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bodies import make_body
 from voicetx.contract import privacy
-from voicetx.contract.update import WIRE_NAMES, Privacy, UpdateBody
+from voicetx.contract.fields import WIRE_NAMES, Privacy, UpdateBody
 
 numbers = st.from_regex(r"\A[1-9][0-9]{6,14}\Z")
 connectors = st.sampled_from(["", "-", ".", "(", ")", "\u2011", "'", "\u2019", "\u00b7"])

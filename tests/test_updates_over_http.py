@@ -23,9 +23,10 @@ from test_cli import invoke
 from test_contract import BAD_VALUES, GOOD_VALUES, NOT_JSON
 from voicetx.access import authenticator
 from voicetx.access.authenticator import Grant
+from voicetx.contract.fields import WIRE_NAMES
 from voicetx.contract.merge import fold
 from voicetx.contract.refusals import Challenge, Refusal
-from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, WIRE_NAMES, parse
+from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, parse
 
 _ids = (f"tx-{number}" for number in count())
 TRANSACTIONS = 20_000

@@ -48,14 +48,13 @@ from voicetx.campaigns.deployments import (
     DeploymentTaken,
     create_deployment,
     is_name,
-    is_step,
     is_there,
     list_deployments,
 )
 from voicetx.campaigns.id_files import FileFormat, IdFileReader, IdLine, Loading, guess_encoding, guess_format
 from voicetx.campaigns.registration import mint_transactions, register_transactions
+from voicetx.contract.ids import ID_RULE, TransactionId, is_step
 from voicetx.contract.refusals import Fault, Refusal, Rejected
-from voicetx.contract.update import TransactionId
 from voicetx.reading.reports import describe_deployment, format_time, mask_deployment, report_deployment
 from voicetx.settings import TimeZone
 from voicetx.storage.store import ValueRefused
@@ -85,7 +84,7 @@ class NewDeployment(Asked):
     deployment: Annotated[
         TransactionId,
         AfterValidator(_check_id),
-        Field(description="1 to 128 visible ASCII characters, and neither . nor ..", examples=["spring-2026"]),
+        Field(description=f"{ID_RULE}, and neither . nor ..", examples=["spring-2026"]),
     ]
     name: Annotated[
         str | None,

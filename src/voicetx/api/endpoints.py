@@ -26,8 +26,8 @@ from voicetx.access.authenticator import ApiUser, Grant
 from voicetx.api.answers import Answer, ClientGone, Headers, answer_error, note_for_log, to_response
 from voicetx.api.bodies import read_body
 from voicetx.api.updates import require_grant, sign_in
-from voicetx.campaigns.deployments import is_id
 from voicetx.contract import json_text
+from voicetx.contract.ids import is_id
 from voicetx.contract.refusals import Fault, Refusal, Rejected
 from voicetx.services import Services
 

@@ -37,7 +37,7 @@ from voicetx.api.openapi_programs import (
     describe_query,
 )
 from voicetx.contract.codes import WireCallState, WireDropCode
-from voicetx.contract.update import TransactionId
+from voicetx.contract.ids import TransactionId
 from voicetx.reading.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
 from voicetx.reading.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
 from voicetx.reading.reports import format_time, read_time

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from voicetx.api.answers import render_refusal
+from voicetx.contract.fields import TromboneBody, UpdateBody
 from voicetx.contract.refusals import Fault, Refusal
-from voicetx.contract.update import TromboneBody, UpdateBody
 
 _REFERENCE = "#/components/schemas/{model}"
 

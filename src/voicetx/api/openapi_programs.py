@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from voicetx.api.endpoints import Asked
 from voicetx.api.openapi import describe_answers
+from voicetx.contract.ids import TransactionId
 from voicetx.contract.refusals import Refusal
-from voicetx.contract.update import TransactionId
 
 _EVERY = (
     Refusal.NOT_GRANTED,

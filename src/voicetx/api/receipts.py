@@ -16,7 +16,7 @@ from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users, read_json
 from voicetx.api.openapi_programs import RECEIPTS_REQUEST, describe_receipts
 from voicetx.api.updates import require_grant
-from voicetx.campaigns.deployments import is_id
+from voicetx.contract.ids import is_id
 from voicetx.contract.json_text import refuse_kind
 from voicetx.contract.refusals import Fault, Refusal, Rejected
 from voicetx.reading.exports import describe_receipt

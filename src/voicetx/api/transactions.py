@@ -13,7 +13,7 @@ from voicetx.access.authenticator import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users
 from voicetx.api.openapi import TRANSACTION_REQUEST, describe_transaction_answers
-from voicetx.campaigns.deployments import is_id
+from voicetx.contract.ids import is_id
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.reading.reports import TransactionReport, describe_transaction, mask_transaction, report_transaction
 

@@ -7,14 +7,11 @@ Source: docs/contract.md, section 5.
 import time
 from dataclasses import dataclass
 
-from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, insert, select
 
-from voicetx.contract.update import TransactionId
+from voicetx.contract.ids import ID_RULE, is_id, is_step
 from voicetx.counting import tallies
 from voicetx.storage.schema import deployment
-
-_TRANSACTION_ID = TypeAdapter(TransactionId)
 
 
 class DeploymentError(Exception):
@@ -39,7 +36,7 @@ class Deployment:
 def create_deployment(connection: Connection, deployment_id: str, name: str | None) -> None:
     """Make a deployment; raises `DeploymentError` for a malformed id or name, `DeploymentTaken` for an id in use."""
     if not is_id(deployment_id):
-        raise DeploymentError("A deployment id has 1 to 128 visible ASCII characters.")
+        raise DeploymentError(f"A deployment id has {ID_RULE}.")
     if is_step(deployment_id):
         raise DeploymentError(f"A deployment id is not {deployment_id}: in an address that is a step, and no name.")
     if name is not None and not is_name(name.strip()):
@@ -53,20 +50,6 @@ def create_deployment(connection: Connection, deployment_id: str, name: str | No
             created_at_ms=time.time_ns() // 1_000_000,
         )
     )
-
-
-def is_id(text: str) -> bool:
-    """Say whether a transaction or a deployment may have this id."""
-    try:
-        _TRANSACTION_ID.validate_python(text)
-    except ValidationError:
-        return False
-    return True
-
-
-def is_step(text: str) -> bool:
-    """Say whether clients remove this from a path, escaped or not (RFC 3986, 5.2.4), so that nobody can ask for it."""
-    return text in {".", ".."}
 
 
 def is_name(text: str) -> bool:

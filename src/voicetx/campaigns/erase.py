@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Table, literal, select, tuple_, update
 
 from voicetx.campaigns.audit import Advance, AuditedRun
 from voicetx.contract import privacy
-from voicetx.contract.update import PRIVACY, Privacy
+from voicetx.contract.fields import PRIVACY, Privacy
 from voicetx.counting import tallies
 from voicetx.counting.tallies import ERASED_KEY
 from voicetx.storage.schema import FIELD_NAMES, voice_transaction, voice_update

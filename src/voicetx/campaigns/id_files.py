@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from pydantic_core import from_json
 
-from voicetx.campaigns.deployments import DeploymentError, is_id
+from voicetx.campaigns.deployments import DeploymentError
+from voicetx.contract.ids import ID_RULE, is_id
 
 _FIELD = "transaction-id"
 _NO_HEADER = (
@@ -264,4 +265,4 @@ def _check(number: int, text: str) -> IdLine:
     transaction_id = text.strip()
     if is_id(transaction_id):
         return IdLine(number, transaction_id)
-    return IdLine(number, None, f"{_FIELD} must be 1 to 128 visible ASCII characters")
+    return IdLine(number, None, f"{_FIELD} must be {ID_RULE}")

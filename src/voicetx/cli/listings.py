@@ -16,9 +16,9 @@ import orjson
 import typer
 
 from voicetx.campaigns import deployments
-from voicetx.campaigns.deployments import is_id
 from voicetx.cli.output import AsJson, CommandError, complain, read_age, run_on_store
 from voicetx.contract.codes import WireCallState, WireDropCode
+from voicetx.contract.ids import is_id
 from voicetx.reading.exports import ExportFormat, begin_export, describe_receipt, render_rows
 from voicetx.reading.listings import Filters, ListedTransaction, find_receipts, list_transactions, match_missing
 from voicetx.reading.reports import format_time, read_time

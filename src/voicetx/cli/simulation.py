@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import orjson
 
-from voicetx.contract.update import TROMBONE_SOURCE, Update, parse
+from voicetx.contract.fields import TROMBONE_SOURCE
+from voicetx.contract.update import Update, parse
 
 
 class Mishap(StrEnum):

@@ -1,7 +1,7 @@
 """What is personal in an update, and how it is hidden: numbers and the digits that a person pressed.
 
 Pure functions on texts and bodies, for whoever shows them (`voicetx.reading.reports`) and for whoever has to forget a
-number (`voicetx.campaigns.erase`). What a field of the contract is to privacy, `voicetx.contract.update` declares.
+number (`voicetx.campaigns.erase`). What a field of the contract is to privacy, `voicetx.contract.fields` declares.
 A body keeps all the rest to the letter, so it is read token by token and never parsed and written anew: names given
 twice, spacing and numbers that no parser can hold stay as they came. Knows neither HTTP nor the database. Source:
 docs/decisions/0013-what-is-hidden.md.
@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from voicetx.contract.update import PRIVACY, WIRE_NAMES, Privacy
+from voicetx.contract.fields import PRIVACY, WIRE_NAMES, Privacy
 
 _PRIVACY = {WIRE_NAMES[name]: privacy for name, privacy in PRIVACY.items()}
 _PERSONAL = frozenset(name for name, privacy in _PRIVACY.items() if privacy in {Privacy.PARTY, Privacy.KEYS})

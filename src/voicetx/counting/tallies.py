@@ -22,7 +22,7 @@ from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null,
 
 from voicetx.contract.clocks import measure_seconds
 from voicetx.contract.codes import ANSWERED_STATES
-from voicetx.contract.update import TROMBONE_SOURCE
+from voicetx.contract.fields import TROMBONE_SOURCE
 from voicetx.storage.schema import tally, tally_change
 
 LONGEST_SECONDS = 86_400

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from voicetx.contract.codes import contradicts
-from voicetx.contract.update import WIRE_NAMES, Update, restore
+from voicetx.contract.fields import WIRE_NAMES
+from voicetx.contract.update import Update, restore
 from voicetx.dashboard.charts import Point
 from voicetx.reading.reports import HistoryEntry, TransactionReport
 

@@ -25,9 +25,10 @@ from voicetx.api.bodies import read_body
 from voicetx.api.endpoints import make_aside
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.api.updates import client_address, require_grant
-from voicetx.campaigns.deployments import is_id, is_there, list_deployments
+from voicetx.campaigns.deployments import is_there, list_deployments
 from voicetx.contract import privacy
 from voicetx.contract.codes import CALL_STATES, DROP_CODES
+from voicetx.contract.ids import is_id
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.dashboard import sessions
 from voicetx.dashboard.history import judge_history, plot_history

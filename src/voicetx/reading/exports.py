@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from voicetx.contract import privacy
-from voicetx.contract.update import WIRE_NAMES
+from voicetx.contract.fields import WIRE_NAMES
 from voicetx.reading.listings import ListedTransaction, Receipt
 from voicetx.reading.reports import format_time
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Connection, func, or_, select, true
 
 from voicetx.contract import privacy
-from voicetx.contract.update import PRIVACY, WIRE_NAMES, Privacy
+from voicetx.contract.fields import PRIVACY, WIRE_NAMES, Privacy
 from voicetx.storage.schema import FIELD_NAMES, deployment, voice_transaction
 from voicetx.storage.store import look_up
 

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, func, select
 
 from voicetx.contract import privacy
 from voicetx.contract.codes import ANSWERED_STATES, CALL_STATES, DROP_CODES, Meaning, contradicts, is_final
-from voicetx.contract.update import WIRE_NAMES
+from voicetx.contract.fields import WIRE_NAMES
 from voicetx.counting import activity, tallies
 from voicetx.counting.tallies import Counts, Measure
 from voicetx.storage.schema import FIELD_NAMES, api_user, deployment, voice_transaction, voice_update

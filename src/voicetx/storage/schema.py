@@ -25,7 +25,7 @@ from sqlalchemy import (
     Uuid,
 )
 
-from voicetx.contract.update import WIRE_NAMES
+from voicetx.contract.fields import WIRE_NAMES
 
 metadata = MetaData(
     naming_convention={
