@@ -24,7 +24,7 @@ import load
 import platform_side
 from run import describe_machine
 from servers import PostgreSQL, Service
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 
 _PAUSE_SECONDS = 1.0
 _SETTINGS = {"VOICETX_THROTTLE": "1000000/second"}

@@ -8,8 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from voicetx.access import authenticator
-from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.access import users
+from voicetx.access.users import ApiUser, Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import parse
@@ -46,7 +46,7 @@ def make_campaign(connection: Connection, *, transactions: int = 4_000, reported
     register_transactions(connection, "winter-survey", [f"winter-{number:04}" for number in range(600)])
     create_deployment(connection, DEPLOYMENT, "Spring renewal")
     register_transactions(connection, DEPLOYMENT, [f"call-{number:06}" for number in range(1, transactions + 1)])
-    senders = [authenticator.add_user(connection, name, [Grant.TRANSACTIONS_UPDATE])[0] for name in _SENDERS]
+    senders = [users.add_user(connection, name, [Grant.TRANSACTIONS_UPDATE])[0] for name in _SENDERS]
     batch = []
     for number in chance.sample(range(1, transactions + 1), reported):
         name = f"call-{number:06}"

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, update
 
-from voicetx.access import authenticator
-from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.access import users
+from voicetx.access.users import ApiUser, Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.reading.reports import TransactionReport, report_transaction
@@ -40,9 +40,7 @@ def make_user(
     call_limit: str | None = HIGH_LIMIT,
 ) -> tuple[ApiUser, str]:
     """Make an API user and return it with its secret key."""
-    return run_on(
-        database_url, lambda connection: authenticator.add_user(connection, name, grants, call_limit=call_limit)
-    )
+    return run_on(database_url, lambda connection: users.add_user(connection, name, grants, call_limit=call_limit))
 
 
 def register(database_url: str, ids: Iterable[str], deployment_id: str = "campaign") -> None:

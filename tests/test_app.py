@@ -18,8 +18,9 @@ from prometheus_client import Histogram
 
 from bodies import encode, make_body
 from voicetx import metrics
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Authenticator, Grant
+from voicetx.access import users
+from voicetx.access.authenticator import Authenticator
+from voicetx.access.users import Grant
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.receipts import RECEIPTS_PATH
 from voicetx.api.tokens import TOKEN_PATH
@@ -46,7 +47,7 @@ async def running_app(database_url: str, **values: Any) -> AsyncIterator[tuple[F
         def prepare(connection: Any) -> str:
             create_deployment(connection, "campaign", None)
             register_transactions(connection, "campaign", IDS)
-            return authenticator.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE])[1]
+            return users.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE])[1]
 
         yield app, services, await services.store.write(prepare)
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from voicetx.access import authenticator
-from voicetx.access.authenticator import ApiUser, Authenticator, Grant
+from voicetx.access import authenticator, users
+from voicetx.access.authenticator import Authenticator
 from voicetx.access.throttle import Throttle
+from voicetx.access.users import ApiUser, Grant
 from voicetx.contract.refusals import Rejected
 from voicetx.counting import activity
 from voicetx.services import Services
@@ -60,7 +61,7 @@ async def gate(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     """Return a gate that has let its user in once."""
     settings = Settings(_env_file=None, database_url=database_url, credential_cache_seconds=BELIEVED_SECONDS)
     store, throttle = Store(database_url), Throttle(settings)
-    user, key = await store.write(lambda connection: authenticator.add_user(connection, "dialer", list(Grant)))
+    user, key = await store.write(lambda connection: users.add_user(connection, "dialer", list(Grant)))
     gate = Gate(store, Authenticator(store, settings, throttle), user, key)
     monkeypatch.setattr(
         authenticator, "time", SimpleNamespace(monotonic=lambda: gate.now, time_ns=authenticator.time.time_ns)
@@ -104,7 +105,7 @@ async def test_who_does_not_send_is_not_looked_up(gate: Gate) -> None:
 
 async def test_a_revoked_key_is_believed_no_longer_than_the_setting_says(gate: Gate) -> None:
     """A revocation takes effect with the look-up that finds it, and without one when the time is over."""
-    await gate.store.write(lambda connection: authenticator.delete_user(connection, gate.user))
+    await gate.store.write(lambda connection: users.delete_user(connection, gate.user))
     gate.now += BELIEVED_SECONDS - 0.1
     assert gate.recall() is not None
     assert await gate.await_lookups() == 1
@@ -207,7 +208,7 @@ async def test_what_another_process_noted_is_not_noted_again(gate: Gate, clock: 
     (digest,) = keys
     for minute_ms in (NOON_MS + MINUTE_MS, NOON_MS):
         await gate.store.write(lambda connection, to=minute_ms: note_keys(connection, {digest: to}))  # type: ignore[misc]
-    (key,) = (await gate.store.read(lambda connection: authenticator.find_user(connection, "dialer"))).keys
+    (key,) = (await gate.store.read(lambda connection: users.find_user(connection, "dialer"))).keys
     assert key.last_used_at_ms == NOON_MS + MINUTE_MS
 
 
@@ -239,15 +240,13 @@ async def test_a_use_that_could_not_be_kept_is_kept_later(gate: Gate, clock: Cal
 async def test_a_service_keeps_when_a_key_was_used(database_url: str) -> None:
     """What was used is on disk when the service has ended."""
     services = await Services.start(Settings(_env_file=None, database_url=database_url))
-    _, key = await services.store.write(lambda connection: authenticator.add_user(connection, "dialer", []))
-    await services.store.write(
-        lambda connection: authenticator.add_key(connection, authenticator.find_user(connection, "dialer"))
-    )
+    _, key = await services.store.write(lambda connection: users.add_user(connection, "dialer", []))
+    await services.store.write(lambda connection: users.add_key(connection, users.find_user(connection, "dialer")))
     began_ms = authenticator.time.time_ns() // 1_000_000
     await services.authenticator.authenticate(f"Bearer {key}".encode(), "127.0.0.1")
     await services.close()
     store = Store(database_url)
-    used, other = (await store.read(lambda connection: authenticator.find_user(connection, "dialer"))).keys
+    used, other = (await store.read(lambda connection: users.find_user(connection, "dialer"))).keys
     await store.close()
     assert used.last_used_at_ms in {began_ms // MINUTE_MS * MINUTE_MS, (began_ms // MINUTE_MS + 1) * MINUTE_MS}
     assert used.created_at_ms <= began_ms

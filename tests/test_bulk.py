@@ -17,7 +17,7 @@ from platform_side import make_user, register, show
 from servers import Service
 from test_app import connect, running_app
 from test_contract import BAD_VALUES, NOT_JSON
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.api.bodies import LineSplitter
 from voicetx.api.bulk import BULK_PATH
 from voicetx.contract.refusals import Refusal

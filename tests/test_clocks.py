@@ -13,8 +13,8 @@ from sqlalchemy import Connection
 
 from bodies import TROMBONE, encode, make_body
 from test_app import served_app
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Grant
+from voicetx.access import users
+from voicetx.access.users import Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.clocks import find_set_back, measure_seconds, place_end
@@ -150,7 +150,7 @@ async def test_the_zone_of_the_api_user_counts(database_url: str) -> None:
         async with httpx.AsyncClient(base_url=base_url) as client:
             for zone, taken in ((None, True), ("Europe/Paris", True), ("UTC", False)):
                 _, key = await store.write(
-                    lambda connection, zone=zone: authenticator.add_user(
+                    lambda connection, zone=zone: users.add_user(
                         connection, f"in {zone}", [Grant.TRANSACTIONS_UPDATE], time_zone=zone
                     )
                 )

@@ -19,7 +19,7 @@ from platform_side import make_user, register
 from servers import Service
 from test_app import count_requests_to, served_app
 from test_http_protocol import HEALTH, HEALTHY, connection, find_protocol, hang_up, put, read_answer
-from voicetx.access import authenticator
+from voicetx.access import users
 from voicetx.contract.update import UPDATE_PATH
 
 pytestmark = pytest.mark.anyio
@@ -69,7 +69,7 @@ async def test_each_update_is_judged_anew(served: tuple[Any, str, str], monkeypa
     app, address, key = served
     services = app.state.services
     user, other_key = await services.store.write(
-        lambda connection: authenticator.add_user(connection, "revoked", [authenticator.Grant.TRANSACTIONS_UPDATE])
+        lambda connection: users.add_user(connection, "revoked", [users.Grant.TRANSACTIONS_UPDATE])
     )
     good = put(other_key, encode(make_body("tx-1")))
     await ask(address, good, 3)
@@ -78,7 +78,7 @@ async def test_each_update_is_judged_anew(served: tuple[Any, str, str], monkeypa
     paths = count_requests_to(app, monkeypatch)
     assert await ask(address, good) == [{"transaction-id": "tx-1"}]
     assert paths == []
-    await services.store.write(lambda connection: authenticator.delete_user(connection, user))
+    await services.store.write(lambda connection: users.delete_user(connection, user))
     services.authenticator._found.clear()  # what it does by itself, a moment later
     assert [answer["code"] for answer in await ask(address, good, 2)] == [498] * 2
     assert paths == [UPDATE_PATH] * 2
@@ -141,7 +141,7 @@ async def test_each_update_is_its_own_dialers(served: tuple[Any, str, str], monk
     """Of two dialers that share a connection each is known by its own key, however close their updates come."""
     app, address, key = served
     _, other_key = await app.state.services.store.write(
-        lambda connection: authenticator.add_user(connection, "other dialer", [authenticator.Grant.TRANSACTIONS_UPDATE])
+        lambda connection: users.add_user(connection, "other dialer", [users.Grant.TRANSACTIONS_UPDATE])
     )
     one, other = (put(each, encode(make_body("tx-1")), "x-test: shared") for each in (key, other_key))
     await ask(address, put(other_key, encode(make_body("tx-1")), "x-test: is known"))

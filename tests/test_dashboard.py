@@ -22,8 +22,8 @@ from campaign import DEPLOYMENT, STORY, make_campaign
 from platform_side import make_user, register, run_on
 from servers import Service
 from test_app import connect, running_app
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Grant
+from voicetx.access import users
+from voicetx.access.users import Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.codes import CALL_STATES, DROP_CODES
@@ -145,9 +145,7 @@ def test_a_sign_in_leads_to_the_dashboard_only(instance: Instance, target: str) 
 async def test_the_cookie_is_strict_and_holds_no_key(database_url: str) -> None:
     """The cookie expires, is for the dashboard only, hidden from scripts, and Secure where the browser came by TLS."""
     async with running_app(database_url, session_lifetime_seconds=600) as (app, services, _):
-        _, key = await services.store.write(
-            lambda connection: authenticator.add_user(connection, "clerk", GRANTS["clerk"])
-        )
+        _, key = await services.store.write(lambda connection: users.add_user(connection, "clerk", GRANTS["clerk"]))
         for base_url, is_secure in (("http://voicetx", False), ("https://voicetx", True)):
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url=base_url) as browser:
@@ -165,9 +163,9 @@ async def test_a_session_ends(database_url: str) -> None:
     """A session ends when its time is over, with its key, with its grant, and when its user signs out, for good."""
     async with running_app(database_url, session_lifetime_seconds=2, credential_cache_seconds=0) as (app, services, _):
 
-        async def open_session(name: str) -> tuple[authenticator.ApiUser, httpx.AsyncClient]:
+        async def open_session(name: str) -> tuple[users.ApiUser, httpx.AsyncClient]:
             user, key = await services.store.write(
-                lambda connection: authenticator.add_user(connection, name, [Grant.TRANSACTIONS_READ])
+                lambda connection: users.add_user(connection, name, [Grant.TRANSACTIONS_READ])
             )
             browser = connect(app)
             assert (await browser.post(SIGN_IN, data={"secret_key": key})).status_code == 303
@@ -175,13 +173,13 @@ async def test_a_session_ends(database_url: str) -> None:
             return user, browser
 
         user, browser = await open_session("key")
-        await services.store.write(lambda connection: authenticator.delete_key(connection, user, 1))
+        await services.store.write(lambda connection: users.delete_key(connection, user, 1))
         page = await browser.get("/dashboard")
         assert page.status_code == 401
         assert "Your session has ended" in page.text
         assert find_cookie(page)["Max-Age"] == "0"
         user, browser = await open_session("grant")
-        await services.store.write(lambda connection: authenticator.set_grants(connection, user, []))
+        await services.store.write(lambda connection: users.set_grants(connection, user, []))
         assert (await browser.get("/dashboard")).status_code == 403
         user, browser = await open_session("leaving")
         kept = browser.cookies[COOKIE]
@@ -314,7 +312,7 @@ def test_times_are_those_of_the_users_zone(instance: Instance) -> None:
     zone = ZoneInfo("Asia/Kolkata")
     user, key = run_on(
         instance.database_url,
-        lambda connection: authenticator.add_user(connection, "mumbai", GRANTS["clerk"], time_zone=zone.key),
+        lambda connection: users.add_user(connection, "mumbai", GRANTS["clerk"], time_zone=zone.key),
     )
     report = run_on(instance.database_url, lambda connection: report_deployment(connection, DEPLOYMENT))
     assert report is not None
@@ -323,7 +321,7 @@ def test_times_are_those_of_the_users_zone(instance: Instance) -> None:
         text = read_text(browser.get("/dashboard/deployment", params={"id": DEPLOYMENT}).text)
     assert f"times are in {zone.key}" in text
     assert f"made {datetime.fromtimestamp(report.created_at_ms / 1000, zone):%Y-%m-%d %H:%M}" in text
-    run_on(instance.database_url, lambda connection: authenticator.delete_user(connection, user))
+    run_on(instance.database_url, lambda connection: users.delete_user(connection, user))
 
 
 def test_a_transaction_shows_what_came_late_and_what_cannot_be(instance: Instance) -> None:
@@ -516,9 +514,7 @@ def test_a_method_that_a_page_has_not_is_told_of_those_it_has(instance: Instance
 async def test_pages_that_are_shown_are_no_refusals(database_url: str) -> None:
     """What an API user is said to have been refused has no page that led elsewhere or found nothing."""
     async with running_app(database_url) as (app, services, _):
-        user, key = await services.store.write(
-            lambda connection: authenticator.add_user(connection, "clerk", list(Grant))
-        )
+        user, key = await services.store.write(lambda connection: users.add_user(connection, "clerk", list(Grant)))
         activity.take()
         async with connect(app) as browser:
             assert (await browser.post(SIGN_IN, data={"secret_key": key})).status_code == 303
@@ -536,7 +532,7 @@ async def test_pages_have_a_limit_of_their_own(database_url: str, monkeypatch: p
     monkeypatch.setattr(pages, "_PAGES_LIMIT", "20/day")
     async with running_app(database_url, credential_cache_seconds=4) as (app, services, _):
         _, key = await services.store.write(
-            lambda connection: authenticator.add_user(connection, "clerk", list(Grant), call_limit="3/day")
+            lambda connection: users.add_user(connection, "clerk", list(Grant), call_limit="3/day")
         )
         async with connect(app) as browser:
             assert (await browser.post(SIGN_IN, data={"secret_key": key})).status_code == 303
@@ -554,7 +550,7 @@ async def test_pages_have_a_limit_of_their_own(database_url: str, monkeypatch: p
 async def test_a_database_that_is_away_is_a_page(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the database cannot be asked a page says that, and when to come again; a defect is a page as well."""
     async with running_app(database_url, credential_cache_seconds=4) as (app, services, _), connect(app) as browser:
-        _, key = await services.store.write(lambda connection: authenticator.add_user(connection, "clerk", list(Grant)))
+        _, key = await services.store.write(lambda connection: users.add_user(connection, "clerk", list(Grant)))
         await browser.post(SIGN_IN, data={"secret_key": key})
         assert (await browser.get("/dashboard")).status_code == 200
         for error in (pages.StoreUnavailable("away"), RuntimeError("a defect")):
@@ -660,9 +656,7 @@ async def test_a_deployment_is_looked_at_once_for_all_who_watch(
 
         monkeypatch.setattr(services.store, "read", count)
         monkeypatch.setattr(live, "_LOOK_SECONDS", 3600)
-        user, _ = await services.store.write(
-            lambda connection: authenticator.add_user(connection, "clerk", GRANTS["clerk"])
-        )
+        user, _ = await services.store.write(lambda connection: users.add_user(connection, "clerk", GRANTS["clerk"]))
         live_pages = live.LivePages()
 
         async def is_welcome() -> bool:

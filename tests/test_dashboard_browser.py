@@ -22,7 +22,7 @@ from campaign import DEPLOYMENT, STORY, make_campaign
 from conftest import make_database
 from platform_side import make_user, register, run_on
 from servers import Service
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.contract.update import UPDATE_PATH
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"

@@ -24,7 +24,7 @@ from bodies import TROMBONE, encode, make_body
 from fuzz import Fuzzer, fuzzing, run_round
 from hostile import DIGITS, NUMBER
 from platform_side import make_user, register
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.server.app import create_app
 from voicetx.settings import Settings
 

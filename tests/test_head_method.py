@@ -8,8 +8,8 @@ import pytest
 from test_app import running_app, served_app
 from test_http_protocol import connection, read_until_closed
 from test_security import walk
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Grant
+from voicetx.access import users
+from voicetx.access.users import Grant
 from voicetx.contract.update import UPDATE_PATH
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)]
@@ -23,7 +23,7 @@ async def test_head_is_get_without_content(database_url: str) -> None:
     async with served_app(database_url) as (app, address, _):
         services = app.state.services
         _, key = await services.store.write(
-            lambda connection: authenticator.add_user(connection, "reader", [Grant.TRANSACTIONS_READ])
+            lambda connection: users.add_user(connection, "reader", [Grant.TRANSACTIONS_READ])
         )
         session = await services.authenticator.open_session(key, "")
         paths: dict[str, set[str]] = {}
@@ -56,7 +56,7 @@ async def test_a_head_of_what_has_no_end_has_one(database_url: str) -> None:
     async with served_app(database_url) as (app, address, _), asyncio.timeout(30):
         services = app.state.services
         _, key = await services.store.write(
-            lambda connection: authenticator.add_user(connection, "reader", [Grant.TRANSACTIONS_READ])
+            lambda connection: users.add_user(connection, "reader", [Grant.TRANSACTIONS_READ])
         )
         session = await services.authenticator.open_session(key, "")
         async with connection(address) as (reader, writer):

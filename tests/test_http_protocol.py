@@ -21,7 +21,7 @@ from sqlalchemy import select
 from bodies import encode, make_body
 from test_app import count_requests_to, served_app
 from voicetx import metrics
-from voicetx.access import authenticator
+from voicetx.access import users
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract.update import UPDATE_PATH
 from voicetx.server.protocol import _HEAD_MOST_BYTES, ContractProtocol
@@ -639,7 +639,7 @@ async def test_who_is_in_doubt_is_nobody(served: tuple[Any, str, str]) -> None:
             ]
             assert [answer.status_code for answer in answers] == [200, 401, 401, 401]
             assert {answer.json()["code"] for answer in answers[1:]} == {498}
-        user = await app.state.services.store.read(lambda connection: authenticator.find_user(connection, "dialer"))
+        user = await app.state.services.store.read(lambda connection: users.find_user(connection, "dialer"))
         pair = ("authorization", "Basic " + b64encode(f"{user.api_key_id}:{key}".encode()).decode())
         query = {"grant_type": "client_credentials"}
         answers = [await client.post(TOKEN_PATH, params=query, headers=headers) for headers in ([pair], [pair, bad])]

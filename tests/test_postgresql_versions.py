@@ -11,7 +11,7 @@ import httpx
 from bodies import encode, make_body
 from platform_side import make_user, register, show
 from servers import PostgreSQL, Service
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.contract.update import UPDATE_PATH
 
 ROOT = Path(__file__).parents[1]

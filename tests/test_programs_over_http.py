@@ -29,8 +29,8 @@ from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
 from test_app import IDS, connect, running_app, served_app
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Grant
+from voicetx.access import users
+from voicetx.access.users import Grant
 from voicetx.api.endpoints import answer_json
 from voicetx.api.receipts import MOST_RECEIPTS
 from voicetx.campaigns.registration import register_transactions
@@ -190,7 +190,7 @@ def test_what_cannot_be_made_is_refused(
 async def test_of_two_that_make_the_same_deployment_one_is_told(database_url: str) -> None:
     """However many make a deployment of one id at a time, one succeeds and the others are refused as ever."""
     async with running_app(database_url) as (app, services, _), connect(app) as client:
-        _, key = await services.store.write(lambda c: authenticator.add_user(c, "platform", list(Grant)))
+        _, key = await services.store.write(lambda c: users.add_user(c, "platform", list(Grant)))
         headers = {"authorization": f"Bearer {key}"}
         for turn in range(5):
             calls = [
@@ -290,7 +290,7 @@ def test_the_report_is_that_of_reports_in_the_right_time_zone(instance: Instance
     assert (found.reported, found.updates) == (2, 3)
     _, instance.keys["far"] = run_on(
         instance.database_url,
-        lambda c: authenticator.add_user(c, f"far-{uuid4()}", [Grant.TRANSACTIONS_READ], time_zone="Asia/Kolkata"),
+        lambda c: users.add_user(c, f"far-{uuid4()}", [Grant.TRANSACTIONS_READ], time_zone="Asia/Kolkata"),
     )
     for user, asked, zone in [
         ("all", {}, "UTC"),
@@ -713,7 +713,7 @@ async def test_an_export_goes_page_by_page_and_breaks_visibly(
     monkeypatch.setattr("voicetx.api.listings._ROWS_A_PAGE", 3)
     async with served_app(database_url, credential_cache_seconds=0) as (app, base_url, _):
         services: Services = app.state.services
-        user, key = await services.store.write(lambda c: authenticator.add_user(c, "reader", [Grant.TRANSACTIONS_READ]))
+        user, key = await services.store.write(lambda c: users.add_user(c, "reader", [Grant.TRANSACTIONS_READ]))
         reads = 0
         action: Callable[[], Awaitable[None]] | None = None
         read = services.store.read
@@ -744,7 +744,7 @@ async def test_an_export_goes_page_by_page_and_breaks_visibly(
             raise StoreUnavailable("gone")
 
         async def lose_the_grant() -> None:
-            await services.store.write(lambda c: authenticator.set_grants(c, user, []))
+            await services.store.write(lambda c: users.set_grants(c, user, []))
 
         async def break_down() -> None:
             raise ZeroDivisionError
@@ -784,7 +784,7 @@ async def test_who_hangs_up_or_reads_nothing_holds_nothing(database_url: str, mo
     monkeypatch.setattr("voicetx.api.listings._ROWS_A_PAGE", 10)
     async with served_app(database_url, database_pool_size=1) as (app, base_url, _):
         services: Services = app.state.services
-        _, key = await services.store.write(lambda c: authenticator.add_user(c, "reader", [Grant.TRANSACTIONS_READ]))
+        _, key = await services.store.write(lambda c: users.add_user(c, "reader", [Grant.TRANSACTIONS_READ]))
         ids = [f"{number:x>120}" for number in range(30_000)]
         await services.store.write(lambda c: register_transactions(c, "campaign", ids))
         reads = 0

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, select
 
 from bodies import encode, updates_of
 from test_tallies import seconds
-from voicetx.access import authenticator
+from voicetx.access import users
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.codes import CALL_STATES, DROP_CODES, Meaning, WireDropCode
@@ -149,13 +149,13 @@ def test_a_report_is_what_a_plain_count_says(
         name = f"run-{uuid4().hex}"
 
         def work(connection: Connection) -> None:
-            users = [authenticator.add_user(connection, f"{name}-{number}", [])[0].api_key_id for number in range(2)]
-            users.append(uuid4())
+            senders = [users.add_user(connection, f"{name}-{number}", [])[0].api_key_id for number in range(2)]
+            senders.append(uuid4())
             create_deployment(connection, name, None)
             register_transactions(connection, name, [f"{name}/{transaction_id}" for transaction_id in IDS])
             for body, user, second in updates:
                 own = body | {"transaction-id": f"{name}/{body['transaction-id']}"}
-                commit_batch(connection, [Received(parse(encode(own)), users[user], second * 1000)])
+                commit_batch(connection, [Received(parse(encode(own)), senders[user], second * 1000)])
 
         await store.write(work)
         for _ in range(2):
@@ -193,9 +193,9 @@ def test_what_users_did_is_counted_by_the_days_asked_for(
         def work(connection: Connection) -> list[dict[str, Any]]:
             tallies.forget(connection, activity.DEPLOYMENT)
             name = uuid4().hex
-            users = [authenticator.add_user(connection, f"{name}-{number}", [])[0] for number in range(2)]
-            keys = [*(user.api_key_id for user in users), uuid4()]
-            shown = [*(user.name for user in users), str(keys[2])]
+            senders = [users.add_user(connection, f"{name}-{number}", [])[0] for number in range(2)]
+            keys = [*(user.api_key_id for user in senders), uuid4()]
+            shown = [*(user.name for user in senders), str(keys[2])]
             expected: dict[str, dict[str, Any]] = {}
             for user, what, age, times in counted:
                 item = f"{keys[user].hex}.{what}.{today - timedelta(days=age)}"

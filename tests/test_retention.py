@@ -13,8 +13,8 @@ from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from bodies import TROMBONE, encode, make_body
 from platform_side import HIGH_LIMIT, date_back
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Grant
+from voicetx.access import users
+from voicetx.access.users import Grant, digest_credential
 from voicetx.campaigns import audit as audit_module
 from voicetx.campaigns import erase as erase_module
 from voicetx.campaigns import purge as purge_module
@@ -135,12 +135,12 @@ async def fill(store: Store) -> None:
 
 def add_tokens(connection: Connection) -> None:
     """Make three access tokens: one long expired, one a moment ago, one valid."""
-    _, key = authenticator.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE], call_limit=HIGH_LIMIT)
+    _, key = users.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE], call_limit=HIGH_LIMIT)
     now_ms = time.time_ns() // 1_000_000
     for number, expires_at_ms in enumerate((now_ms - 2 * 86_400_000, now_ms - 60_000, now_ms + 60_000)):
         values = {
             "digest": bytes([number]) * 32,
-            "secret_digest": authenticator._digest(key),
+            "secret_digest": digest_credential(key),
             "expires_at_ms": expires_at_ms,
         }
         connection.execute(insert(access_token).values(values))

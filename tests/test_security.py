@@ -14,8 +14,8 @@ from platform_side import make_user, register, run_on
 from servers import Service, wait_until
 from test_app import connect, running_app
 from test_cli import invoke
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Grant
+from voicetx.access import users
+from voicetx.access.users import Grant
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.pages import _allow
 from voicetx.api.tokens import TOKEN_PATH
@@ -61,7 +61,7 @@ async def test_no_route_answers_without_a_credential_but_those_named(database_ur
     """Each route but the open ones refuses strangers with 401, and an API user without grants with 430 or a page."""
     met = set()
     async with running_app(database_url) as (app, services, _), connect(app) as client:
-        _, key = await services.store.write(lambda connection: authenticator.add_user(connection, "nobody", []))
+        _, key = await services.store.write(lambda connection: users.add_user(connection, "nobody", []))
         session = await services.authenticator.open_session(key, "")
         for path, methods in walk(app.routes):
             met.add(path)
@@ -92,8 +92,8 @@ GRANT_TYPE = "client_credentials"
 def test_what_is_taken_away_is_gone_in_every_process(database_url: str) -> None:
     """A deleted key or user, a withdrawn grant, an expired token are refused by all processes and both endpoints."""
     register(database_url, ["tx-1"])
-    users = {name: make_user(database_url, name) for name in ["key", "user", "grant", "token", "stays"]}
-    credentials = {name: key for name, (_, key) in users.items()}
+    made = {name: make_user(database_url, name) for name in ["key", "user", "grant", "token", "stays"]}
+    credentials = {name: key for name, (_, key) in made.items()}
     with (
         Service(database_url, workers=2, environment={"VOICETX_TOKEN_LIFETIME_SECONDS": "2"}) as service,
         fresh_connections(service) as client,
@@ -105,15 +105,15 @@ def test_what_is_taken_away_is_gone_in_every_process(database_url: str) -> None:
             answers = [client.post(path, content=body, headers=headers) for path in [UPDATE_PATH, BULK_PATH] * 6]
             return {200 if answer.status_code == 200 else answer.json()["code"] for answer in answers}
 
-        assert {name: codes(name) for name in users} == {name: {200} for name in users}
-        pair = (str(users["token"][0].api_key_id), credentials["token"])
+        assert {name: codes(name) for name in made} == {name: {200} for name in made}
+        pair = (str(made["token"][0].api_key_id), credentials["token"])
         asked = client.post(TOKEN_PATH, params={"grant_type": GRANT_TYPE}, auth=pair)
         credentials["token"] = asked.json()["access_token"]
 
         def take_away(connection: Any) -> None:
-            authenticator.delete_key(connection, authenticator.find_user(connection, "key"), 1)
-            authenticator.delete_user(connection, users["user"][0])
-            authenticator.set_grants(connection, users["grant"][0], [Grant.TRANSACTIONS_READ])
+            users.delete_key(connection, users.find_user(connection, "key"), 1)
+            users.delete_user(connection, made["user"][0])
+            users.set_grants(connection, made["grant"][0], [Grant.TRANSACTIONS_READ])
 
         run_on(database_url, take_away)
         for name, code in {"key": 498, "user": 498, "grant": 430, "token": 498}.items():
@@ -204,7 +204,7 @@ async def test_known_credentials_take_bounded_memory(database_url: str, monkeypa
     async with running_app(database_url) as (app, services, _), connect(app) as client:
         for number in range(8):
             _, key = await services.store.write(
-                lambda connection, n=number: authenticator.add_user(connection, f"user-{n}", [])
+                lambda connection, n=number: users.add_user(connection, f"user-{n}", [])
             )
             for _ in range(2):
                 answer = await client.put(UPDATE_PATH, headers={"authorization": f"Bearer {key}"})

@@ -28,7 +28,7 @@ from dialer import read_history
 from platform_side import make_user, register, run_on
 from servers import Service, clean_environment, find_family, find_free_port, has_ended, wait_until
 from test_cli import invoke
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.campaigns.deployments import Deployment, create_deployment, list_deployments
 from voicetx.campaigns.registration import register_transactions
 from voicetx.cli import simulate as command

@@ -14,8 +14,8 @@ import pytest
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
-from voicetx.access import authenticator
-from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.access import users
+from voicetx.access.users import ApiUser, Grant
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract.update import UPDATE_PATH
 
@@ -180,15 +180,13 @@ def test_a_token_dies_with_its_secret_key(instance: Instance) -> None:
     """Deleting a secret key ends the tokens that were got with it, and not those of its sibling."""
     url = instance.database_url
     user, first = make_user(url, "rotating")
-    _, second = run_on(url, lambda connection: authenticator.add_key(connection, user))
+    _, second = run_on(url, lambda connection: users.add_key(connection, user))
     tokens = [
         instance.ask(params={"grant_type": GRANT}, auth=(str(user.api_key_id), key)).json()["access_token"]
         for key in [first, second]
     ]
     assert [instance.update(token) for token in tokens] == [200, 200]
-    run_on(
-        url, lambda connection: authenticator.delete_key(connection, authenticator.find_user(connection, "rotating"), 1)
-    )
+    run_on(url, lambda connection: users.delete_key(connection, users.find_user(connection, "rotating"), 1))
     wait_until(lambda: instance.update(tokens[0]) == 401, "The token outlived its secret key")
     assert instance.update(tokens[1]) == 200
     answer = instance.ask(params={"grant_type": GRANT}, auth=(str(user.api_key_id), first))
@@ -202,7 +200,7 @@ def test_a_grant_taken_away_is_gone_from_tokens_too(instance: Instance) -> None:
     answer = instance.ask(params={"grant_type": GRANT}, auth=(str(user.api_key_id), key))
     token = answer.json()["access_token"]
     assert instance.update(token) == 200
-    run_on(url, lambda connection: authenticator.set_grants(connection, user, []))
+    run_on(url, lambda connection: users.set_grants(connection, user, []))
     wait_until(lambda: instance.update(token) == 401, "The grant outlived its withdrawal")
 
 

@@ -18,7 +18,7 @@ from platform_side import make_user, register, run_on
 from servers import Service
 from test_cli import run
 from test_privacy import bodies_about, digits_of, numbers
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.contract.update import UPDATE_PATH, parse
 from voicetx.reading.reports import report_transaction

@@ -21,8 +21,8 @@ from platform_side import make_user, register, run_on, show
 from servers import Service, wait_until
 from test_cli import invoke
 from test_contract import BAD_VALUES, GOOD_VALUES, NOT_JSON
-from voicetx.access import authenticator
-from voicetx.access.authenticator import Grant
+from voicetx.access import users
+from voicetx.access.users import Grant
 from voicetx.contract.fields import WIRE_NAMES
 from voicetx.contract.merge import fold
 from voicetx.contract.refusals import Challenge, Refusal
@@ -523,7 +523,7 @@ def test_keys_rotate_and_a_revocation_reaches_every_process(database_url: str) -
     url = database_url
     register(url, ["tx-1"])
     user, first = make_user(url, f"rotating-{next_id()}")
-    _, second = run_on(url, lambda connection: authenticator.add_key(connection, user))
+    _, second = run_on(url, lambda connection: users.add_key(connection, user))
     with Service(url, workers=2) as service:
 
         def send(key: str) -> int:
@@ -536,8 +536,8 @@ def test_keys_rotate_and_a_revocation_reaches_every_process(database_url: str) -
             return answer.status_code
 
         assert {send(key) for key in [first, second] * 10} == {200}
-        run_on(url, lambda c: authenticator.delete_key(c, authenticator.find_user(c, user.name), 1))
-        assert run_on(url, lambda c: authenticator.find_user(c, user.name)).key_slots == (1,)
+        run_on(url, lambda c: users.delete_key(c, users.find_user(c, user.name), 1))
+        assert run_on(url, lambda c: users.find_user(c, user.name)).key_slots == (1,)
         wait_until(lambda: {send(first) for _ in range(8)} == {401}, "The deleted key went on working")
         assert {send(second) for _ in range(8)} == {200}
 

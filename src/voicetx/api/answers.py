@@ -21,8 +21,8 @@ from starlette.responses import Response
 from starlette.types import Scope, Send
 
 from voicetx import metrics
-from voicetx.access.authenticator import ApiUser
 from voicetx.access.throttle import ThrottleReached
+from voicetx.access.users import ApiUser
 from voicetx.contract.refusals import Challenge, Fault, Refusal, Rejected
 from voicetx.counting import activity
 from voicetx.logs import log_request_lines

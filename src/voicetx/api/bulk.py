@@ -15,7 +15,7 @@ import orjson
 from fastapi import APIRouter
 from starlette.types import Receive, Scope
 
-from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.access.users import ApiUser, Grant
 from voicetx.api.answers import Answer, render_refusal, to_rejected
 from voicetx.api.bodies import BodyLine, read_chunks, split_lines
 from voicetx.api.endpoints import Call, for_users, take_place

@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from pydantic import AfterValidator, Field
 from sqlalchemy import Connection
 
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.bodies import read_chunks, split_lines
 from voicetx.api.endpoints import (

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from voicetx import metrics
-from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.access.users import ApiUser, Grant
 from voicetx.api.answers import Answer, ClientGone, Headers, answer_error, note_for_log, to_response
 from voicetx.api.bodies import read_body
 from voicetx.api.updates import require_grant, sign_in

@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from starlette.responses import StreamingResponse
 
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.deployments import require_deployment
 from voicetx.api.endpoints import (

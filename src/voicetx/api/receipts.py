@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users, read_json
 from voicetx.api.openapi_programs import RECEIPTS_REQUEST, describe_receipts

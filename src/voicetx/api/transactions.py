@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users
 from voicetx.api.openapi import TRANSACTION_REQUEST, describe_transaction_answers

@@ -12,7 +12,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope
 
-from voicetx.access.authenticator import ApiUser, Grant
+from voicetx.access.users import ApiUser, Grant
 from voicetx.api.answers import (
     Answer,
     ClientGone,

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter
 from pydantic import BeforeValidator, Field
 
-from voicetx.access.authenticator import Grant
+from voicetx.access.users import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Asked, Call, answer_json, for_users, read_number, read_query
 from voicetx.api.openapi_programs import ShownUsers, describe_found, describe_query

@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from voicetx import __version__
-from voicetx.access.authenticator import AdministrationError
+from voicetx.access.users import AdministrationError
 from voicetx.campaigns.deployments import DeploymentError
 from voicetx.cli import config, database, deployments, listings, retention, send, serve, simulate, transactions, users
 from voicetx.cli.output import CommandError, complain

@@ -14,8 +14,8 @@ import typer
 from sqlalchemy import Connection
 
 from voicetx import __version__
-from voicetx.access import authenticator
-from voicetx.access.authenticator import AdministrationError, Grant
+from voicetx.access import users
+from voicetx.access.users import AdministrationError, Grant
 from voicetx.addresses import FileAddress, read_database_url
 from voicetx.campaigns import deployments
 from voicetx.campaigns.registration import register_transactions
@@ -137,18 +137,16 @@ def _make_demo(key_file: Path) -> tuple[str, str]:
             connection, _DEMO_NAME, [f"demo-{number:03}" for number in range(1, _DEMO_TRANSACTIONS + 1)]
         )
         try:
-            user = authenticator.find_user(connection, _DEMO_NAME)
+            user = users.find_user(connection, _DEMO_NAME)
         except AdministrationError:
-            user, secret_key = authenticator.add_user(connection, _DEMO_NAME, list(Grant))
+            user, secret_key = users.add_user(connection, _DEMO_NAME, list(Grant))
             return str(user.api_key_id), secret_key
         if key_file.exists():
             return str(user.api_key_id), None
         # Its key is lost: only a digest of it was kept. Make room for a new one.
         for slot in reversed(user.key_slots):
-            authenticator.delete_key(connection, user, slot)
-        return str(user.api_key_id), authenticator.add_key(connection, authenticator.find_user(connection, _DEMO_NAME))[
-            1
-        ]
+            users.delete_key(connection, user, slot)
+        return str(user.api_key_id), users.add_key(connection, users.find_user(connection, _DEMO_NAME))[1]
 
     api_key_id, made = write(work)
     if made is None:

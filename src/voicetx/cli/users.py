@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy import Connection
 
-from voicetx.access import authenticator
-from voicetx.access.authenticator import ApiUser, Grant, SecretKey
+from voicetx.access import users as api_users
+from voicetx.access.users import ApiUser, Grant, SecretKey
 from voicetx.cli.output import AsJson, print_json, print_table, printable, read, write
 from voicetx.reading.reports import describe_user, format_time, report_users
 
@@ -33,7 +33,7 @@ def add_user(
 ) -> None:
     """Make an API user with a first secret key, which is shown now and never again."""
     user, secret_key = write(
-        lambda connection: authenticator.add_user(connection, name, grant or (), time_zone=time_zone, call_limit=limit)
+        lambda connection: api_users.add_user(connection, name, grant or (), time_zone=time_zone, call_limit=limit)
     )
     if as_json:
         print_json(
@@ -54,7 +54,7 @@ def add_user(
 @users.command("list")
 def list_users(as_json: AsJson = False) -> None:
     """List the API users."""
-    rows = [_describe(user) for user in read(authenticator.list_users)]
+    rows = [_describe(user) for user in read(api_users.list_users)]
     if as_json:
         print_json(rows)
     else:
@@ -64,7 +64,7 @@ def list_users(as_json: AsJson = False) -> None:
 @users.command("show")
 def show_user(user: User, as_json: AsJson = False) -> None:
     """Show an API user, and when each of its secret keys was made and last used (to the minute)."""
-    found = read(lambda connection: authenticator.find_user(connection, user))
+    found = read(lambda connection: api_users.find_user(connection, user))
     row = _describe(found)
     secret_keys = [_describe_key(key) for key in found.keys]
     if as_json:
@@ -111,16 +111,14 @@ def revoke_user(user: User, grant: GrantArgument) -> None:
 @users.command("delete")
 def delete_user(user: User) -> None:
     """Delete an API user with its keys and tokens; what it reported stays."""
-    write(lambda connection: authenticator.delete_user(connection, authenticator.find_user(connection, user)))
+    write(lambda connection: api_users.delete_user(connection, api_users.find_user(connection, user)))
     typer.echo(f"{user} is deleted.")
 
 
 @keys.command("add")
 def add_key(user: User, as_json: AsJson = False) -> None:
     """Make a second secret key beside the first, to change over to without downtime."""
-    slot, secret_key = write(
-        lambda connection: authenticator.add_key(connection, authenticator.find_user(connection, user))
-    )
+    slot, secret_key = write(lambda connection: api_users.add_key(connection, api_users.find_user(connection, user)))
     if as_json:
         print_json({"slot": slot, "secret_key": secret_key})
         return
@@ -133,8 +131,8 @@ def delete_key(user: User, slot: Annotated[int, typer.Argument(min=1, max=2, hel
     """Delete a secret key and the tokens got with it; with key 1 gone, key 2 becomes key 1."""
 
     def work(connection: Connection) -> ApiUser:
-        authenticator.delete_key(connection, authenticator.find_user(connection, user), slot)
-        return authenticator.find_user(connection, user)
+        api_users.delete_key(connection, api_users.find_user(connection, user), slot)
+        return api_users.find_user(connection, user)
 
     left = write(work)
     if slot == 1 and left.key_slots:
@@ -145,9 +143,9 @@ def delete_key(user: User, slot: Annotated[int, typer.Argument(min=1, max=2, hel
 
 def _change_grants(user: str, *, added: Iterable[Grant] = (), removed: Iterable[Grant] = ()) -> None:
     def work(connection: Connection) -> ApiUser:
-        found = authenticator.find_user(connection, user)
-        authenticator.set_grants(connection, found, found.grants.union(added).difference(removed))
-        return authenticator.find_user(connection, user)
+        found = api_users.find_user(connection, user)
+        api_users.set_grants(connection, found, found.grants.union(added).difference(removed))
+        return api_users.find_user(connection, user)
 
     changed = write(work)
     typer.echo(f"{changed.name} may: {', '.join(sorted(changed.grants)) or 'nothing'}")

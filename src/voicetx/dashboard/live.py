@@ -18,7 +18,7 @@ import orjson
 from sqlalchemy import Connection
 
 from voicetx import duties
-from voicetx.access.authenticator import ApiUser
+from voicetx.access.users import ApiUser
 from voicetx.api.endpoints import make_aside
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.dashboard.overview import Overview

@@ -19,7 +19,8 @@ from zoneinfo import ZoneInfo
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
-from voicetx.access.authenticator import ApiUser, Grant, Token
+from voicetx.access.authenticator import Token
+from voicetx.access.users import ApiUser, Grant
 from voicetx.api.answers import ClientGone, note_for_log, to_rejected
 from voicetx.api.bodies import read_body
 from voicetx.api.endpoints import make_aside

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import Scope
 
-from voicetx.access.authenticator import TOKEN_PREFIX, ApiUser, Token
+from voicetx.access.authenticator import TOKEN_PREFIX, Token
+from voicetx.access.users import ApiUser
 from voicetx.api.updates import client_address
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.services import Services

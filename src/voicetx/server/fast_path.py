@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeVar
 import structlog
 from starlette.types import Scope
 
-from voicetx.access.authenticator import ApiUser, Grant, digest_bearer
+from voicetx.access.authenticator import digest_bearer
+from voicetx.access.users import ApiUser, Grant
 from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, choose_request_id, log_requests
 from voicetx.api.bodies import is_encoded
 from voicetx.api.updates import METHODS, answer_recorded, find_authorization
