@@ -9,16 +9,23 @@ from hypothesis import strategies as st
 from voicetx.campaigns.id_files import FileFormat, IdLine, Loading, read_lines
 
 UNCLOSED = "not CSV: a quote on this line is not closed"
+SWALLOWS = "not CSV: a quote on this line is closed on a later one, after lines with ids of their own"
 CELLS = st.text('ab,"\r\n \u00e9', max_size=6)
 
 
 @given(st.lists(st.tuples(CELLS, st.integers(0, 99), CELLS), max_size=8))
 def test_a_csv_is_read_as_any_reader_would(rows: list[tuple[str, int, str]]) -> None:
-    """Whatever stands in the other columns, quotes and line breaks too, each id is found at the end of its row."""
+    """Whatever stands in the other columns, quotes and line breaks too, each id is found at the end of its row.
+
+    There are so many columns that no line within quotes has as many cells as a row.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerows(
-        [("a", "transaction-id", "b"), *((before, f"tx-{number}", after) for before, number, after in rows)]
+        [
+            ("a", "transaction-id", *"bcdefg"),
+            *((before, f"tx-{number}", *[""] * 5, after) for before, number, after in rows),
+        ]
     )
     lines = text.getvalue().split("\n")[:-1]
     reader = csv.reader((line + "\n" for line in lines), strict=True)
@@ -37,17 +44,35 @@ def test_a_quote_that_is_not_closed_costs_its_line_only() -> None:
     assert found == [IdLine(2, "a"), IdLine(3, None, UNCLOSED), IdLine(4, "c")]
 
 
+def test_two_quotes_that_nobody_closes_swallow_no_id() -> None:
+    """Quotes that a later line happens to end are refused where the lines between have ids of their own."""
+    for after in ("5 inch", "5 inch,"):  # as many cells as the header has, and more
+        rows = [f"id-{number},{after}\n" for number in range(200)]
+        rows[50], rows[100] = 'id-50,"5 inch\n', 'id-100,5 inch"\n'
+        found = list(read_lines(["transaction-id,size\n", *rows], FileFormat.CSV))
+        expected = [IdLine(number, f"id-{number - 2}") for number in range(2, 202)]
+        expected[50] = IdLine(52, None, SWALLOWS)
+        assert found == expected
+
+
+def test_rows_with_fewer_cells_than_the_header_are_not_swallowed() -> None:
+    """A line within quotes is also compared with the rows before it: some files leave out empty cells."""
+    lines = ["transaction-id,size\n", "a\n", 'b,"5 inch\n', "c\n", 'd,5 inch"\n']
+    ids = [(row.number, row.transaction_id) for row in read_lines(lines, FileFormat.CSV)]
+    assert ids == [(2, "a"), (3, None), (4, "c"), (5, "d")]
+
+
 @given(
     st.lists(st.sampled_from(["x", '"x', 'x"', '"x"', '"', '""', 'x"y', "x,y", ""]), min_size=1, max_size=12),
     st.sampled_from([",", ";", "\t"]),
 )
 def test_whatever_quotes_do_no_line_is_lost(cells: list[str], delimiter: str) -> None:
-    """Each line of a CSV has its id loaded, is named as at fault, or is within quotes that end as they should."""
+    """Each line of a CSV has its id loaded, or is named as at fault."""
     table = [("transaction-id", "note"), *((f"tx-{place}", cell) for place, cell in enumerate(cells)), ("last", "")]
     lines = [delimiter.join(row) + "\n" for row in table]
     found = list(read_lines(lines, FileFormat.CSV))
     numbers = [row.number for row in found]
-    assert numbers == sorted(set(numbers))
+    assert numbers == [*range(2, len(lines) + 1)]
     rows = iter(lines[1:])
     number = 1
     for row in found:

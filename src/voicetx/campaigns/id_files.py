@@ -78,15 +78,17 @@ class IdFileReader:
     """Reads the transaction ids of a file from its lines, as they come in.
 
     A row of a CSV may go over several lines, in quotes; it has the number of the last of them. Where a quote is not
-    closed, or an id would go over several lines, only the line with the opening quote is refused, and reading goes on
-    with the next line. Cells are separated by a comma, a semicolon or a tab, whichever makes the header name
-    `transaction-id`, or by what a first line such as `sep=;` says, which Excel writes.
+    closed, an id would go over several lines, or a line within the quotes could be a row with another id, only the line
+    with the opening quote is refused, and reading goes on with the next line. Cells are separated by a comma, a
+    semicolon or a tab, whichever makes the header name `transaction-id`, or by what a first line such as `sep=;` says,
+    which Excel writes.
     """
 
     def __init__(self, file_format: FileFormat) -> None:
         self._format = file_format
         self._delimiters = _DELIMITERS
         self._place: int | None = None  # of the id in a CSV's rows, once its header is read
+        self._widths: set[int] = set()  # how many cells the header and the rows with an id have
         self._row: list[_RawLine] = []  # lines of a row that has not ended
         self._row_length = 0
 
@@ -163,15 +165,37 @@ class IdFileReader:
         if _FIELD not in names:
             return False
         self._place, self._delimiters = names.index(_FIELD), (delimiter,)
+        self._widths.add(len(cells))
         return True
 
     def _read_row(self, cells: Sequence[str], lines: int) -> tuple[IdLine | None, list[_RawLine]]:
         place = self._place or 0
         number = self._row[lines - 1].number
-        if place < len(cells) and "\n" in cells[place].strip():
+        if place >= len(cells):
+            return IdLine(number, None, f"no {_FIELD}"), self._drop_row(lines)
+        if "\n" in cells[place].strip():
             return self._refuse_quotes()
-        again = self._drop_row(lines)
-        return (_check(number, cells[place]) if place < len(cells) else IdLine(number, None, f"no {_FIELD}")), again
+        if any(self._could_be_a_row(line.text, cells[place]) for line in self._row[1:lines]):
+            return self._refuse(
+                "not CSV: a quote on this line is closed on a later one, after lines with ids of their own"
+            )
+        self._widths.add(len(cells))
+        return _check(number, cells[place]), self._drop_row(lines)
+
+    def _could_be_a_row(self, line: str, transaction_id: str) -> bool:
+        """Return whether a line within a row's quotes, read alone, is as wide as a row and has another id than it.
+
+        Two quotes that are never closed look like one that is, with all lines between them within it.
+        """
+        place = self._place or 0
+        try:
+            (cells,) = csv.reader([line], delimiter=self._delimiters[0])
+        except csv.Error:
+            return False
+        if len(cells) not in self._widths:
+            return False
+        found = cells[place].strip()
+        return found != transaction_id.strip() and is_id(found)
 
     def _refuse_quotes(self) -> tuple[IdLine, list[_RawLine]]:
         return self._refuse("not CSV: a quote on this line is not closed")
