@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from platform_side import make_user
 from servers import PostgreSQL, Valkey, clean_environment
 from test_cli import fail, run
-from voicetx.access.throttle import check_redis
+from voicetx.access.redis_counts import check_redis
 from voicetx.addresses import FileAddress, ServerAddress, read_database_url, read_redis_url
 from voicetx.settings import Settings
 from voicetx.storage.store import Store

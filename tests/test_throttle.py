@@ -18,6 +18,8 @@ from structlog.testing import capture_logs
 from servers import Valkey
 from voicetx import metrics
 from voicetx.access import throttle as throttle_module
+from voicetx.access.redis_counts import RedisCounts
+from voicetx.access.shared_counts import COUNTS_FILE_VARIABLE
 from voicetx.access.throttle import Throttle, ThrottleReached
 from voicetx.settings import Settings
 
@@ -392,9 +394,15 @@ async def test_a_window_that_ends_while_redis_is_asked(clock: Clock, start_valke
         assert throttle.fallbacks == 0
 
 
+def redis_of(throttle: Throttle) -> RedisCounts:
+    """Return the counts in Redis of a throttle that has them."""
+    assert throttle._redis is not None
+    return throttle._redis
+
+
 async def wait_until_back(throttle: Throttle) -> None:
     """Make calls of fresh users until one of them has found Redis again."""
-    while throttle._is_away:
+    while redis_of(throttle)._is_away:
         assert await call(throttle, make_user()) == 0
         await asyncio.sleep(0)
 
@@ -418,7 +426,7 @@ async def test_calls_are_counted_locally_while_redis_is_away(start_valkey: Calla
             user = make_user()
             assert (await asyncio.gather(*(call(throttle, user) for _ in range(8)))).count(0) == 5
             assert [await call(throttle, make_user()) for _ in range(20)].count(0) == 20
-            throttle._away_until = 0.0
+            redis_of(throttle)._away_until = 0.0
             assert await call(throttle, make_user()) == 0
             assert throttle.fallbacks == read_figure("voicetx_throttle_fallbacks_total") - counted == 29
         assert [(line["event"], line["log_level"]) for line in lines] == [("throttle.redis_away", "warning")]
@@ -451,7 +459,7 @@ async def test_one_call_finds_out_whether_redis_is_back(start_valkey: Callable[[
     valkey.kill()
     async with open_throttle(redis_url=valkey.url, redis_retry_seconds=60) as throttle:
         assert await call(throttle, make_user()) == 0
-        throttle._away_until = 0.0
+        redis_of(throttle)._away_until = 0.0
         admissions = [throttle.admit(make_user(), None) for _ in range(10)]
         assert [admission is None for admission in admissions] == [False] + [True] * 9
         assert admissions[0] is not None
@@ -580,10 +588,10 @@ async def test_a_cluster_is_not_asked_again() -> None:
     """A server that turns out to be part of a cluster is named in one log line, and all calls are counted here."""
     with Valkey("--cluster-enabled", "yes") as cluster:
         async with open_throttle(redis_url=cluster.url, throttle="2/year", redis_timeout_seconds=5) as throttle:
-            throttle._retry_seconds = 0.0
+            redis_of(throttle)._retry_seconds = 0.0
             with capture_logs() as lines:
                 assert [await call(throttle) for _ in range(3)][:2] == [0, 0]
-            assert not throttle._may_ask_redis()
+            assert not redis_of(throttle).may_ask()
             assert [(line["event"], line["log_level"]) for line in lines] == [("throttle.redis_is_cluster", "error")]
 
 
@@ -605,7 +613,7 @@ async def test_a_password_is_not_logged(start_valkey: Callable[[], Valkey]) -> N
 
 async def test_processes_of_one_instance_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told of a common file, several throttles admit together exactly what the limit says, window after window."""
-    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    monkeypatch.setenv(COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
     clock = Clock()
     monkeypatch.setattr(time, "time", clock)
     async with open_throttle() as one, open_throttle() as other:
@@ -619,7 +627,7 @@ async def test_a_common_file_that_fails_leaves_calls_counted_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the common file cannot be written, a process counts for itself and says so."""
-    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    monkeypatch.setenv(COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
     async with open_throttle() as throttle:
         throttle._counts._connection.execute("DROP TABLE count")  # type: ignore[union-attr]
         with capture_logs() as lines:
@@ -629,7 +637,7 @@ async def test_a_common_file_that_fails_leaves_calls_counted_here(
 
 async def test_the_common_file_keeps_no_count_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts of windows that are long over are taken out of the common file."""
-    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    monkeypatch.setenv(COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
     clock = Clock()
     monkeypatch.setattr(time, "time", clock)
     async with open_throttle() as throttle:
@@ -657,7 +665,7 @@ async def test_processes_count_failed_sign_ins_together(
 ) -> None:
     """What an address failed in one process counts in the next, which learns of it with the next failure."""
     clock.now += 60 * secrets.randbelow(1_000_000)  # the Valkey server is others' too
-    monkeypatch.setenv(throttle_module.COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
+    monkeypatch.setenv(COUNTS_FILE_VARIABLE, str(tmp_path / "counts.db"))
     values = {"sign_in_throttle": "5/minute", "redis_url": valkey_url if has_redis else None}
     async with open_throttle(**values) as one, open_throttle(**values) as two:
         assert await fail_until_refused(one) == 5

@@ -51,7 +51,7 @@ def serve(
 
 async def _prepare(settings: Settings) -> None:
     if settings.redis_url is not None:
-        from voicetx.access.throttle import RedisUnfit, check_redis  # noqa: PLC0415 - as in _run
+        from voicetx.access.redis_counts import RedisUnfit, check_redis  # noqa: PLC0415 - as in _run
 
         try:
             await check_redis(settings.redis_url.get_secret_value(), _REDIS_PATIENCE_SECONDS)

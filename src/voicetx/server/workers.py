@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-from voicetx.access.throttle import COUNTS_FILE_VARIABLE
+from voicetx.access.shared_counts import COUNTS_FILE_VARIABLE
 from voicetx.addresses import FileAddress, read_database_url
 from voicetx.server.protocol import ContractProtocol
 from voicetx.server.supervisor import Supervisor
