@@ -258,7 +258,7 @@ class Throttle:
         return counted or 0
 
     async def _ask(self, redis: RedisCounts, lease: _Lease) -> None:
-        """Ask Redis, and decide on all calls that wait for a lease; calls that come meanwhile share the next question."""
+        """Ask Redis, then decide on all calls that wait; those that come meanwhile share the next question."""
         batch: list[_Waiting] = []
         try:
             while lease.waiting:
@@ -288,7 +288,7 @@ class Throttle:
             return
         try:
             self._decide(lease, call.cost)
-        except Exception as error:  # noqa: BLE001 - that a limit is reached, or whatever it is: its caller is told
+        except Exception as error:  # noqa: BLE001 - `ThrottleReached` or anything else: the caller gets it raised
             call.decision.set_exception(error)
         else:
             call.decision.set_result(None)
