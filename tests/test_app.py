@@ -264,7 +264,7 @@ async def test_updates_of_one_turn_each_have_their_own_answer_and_line(
 ) -> None:
     """Of updates that come in together each gets the answer, the request id and the log line of its own."""
     lines: list[dict[str, Any]] = []
-    monkeypatch.setattr("voicetx.api.answers.log_request_lines", lines.extend)
+    monkeypatch.setattr("voicetx.api.request_log.log_request_lines", lines.extend)
     async with served_app(database_url, credential_cache_seconds=4) as (_, address, key):
         wanted = {
             "known": (key, encode(make_body("tx-0")), 200),

@@ -146,7 +146,7 @@ async def test_each_update_is_its_own_dialers(served: tuple[Any, str, str], monk
     one, other = (put(each, encode(make_body("tx-1")), "x-test: shared") for each in (key, other_key))
     await ask(address, put(other_key, encode(make_body("tx-1")), "x-test: is known"))
     lines: list[dict[str, Any]] = []
-    monkeypatch.setattr("voicetx.api.answers.log_request_lines", lines.extend)
+    monkeypatch.setattr("voicetx.api.request_log.log_request_lines", lines.extend)
     async with in_hand(served, monkeypatch, first=one) as (reader, writer, going_on):
         writer.write(other)
         protocol = await find_protocol(app, writer)

@@ -498,7 +498,7 @@ async def test_what_came_whole_is_recorded_though_nobody_waits(
 ) -> None:
     """Whole updates of a client that is gone before it is known are recorded, those behind the first too; half none."""
     lines: list[dict[str, Any]] = []
-    monkeypatch.setattr("voicetx.api.answers.log_request_lines", lines.extend)
+    monkeypatch.setattr("voicetx.api.request_log.log_request_lines", lines.extend)
     async with served_app(database_url) as (app, address, key), asyncio.timeout(60):
         authenticator = app.state.services.authenticator
         authenticate, going_on, waits = authenticator.authenticate, asyncio.Event(), asyncio.Event()

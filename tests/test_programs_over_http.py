@@ -709,7 +709,7 @@ async def test_an_export_goes_page_by_page_and_breaks_visibly(
 ) -> None:
     """Each page is a read of its own; what goes wrong in between cuts the connection, and is an error if unforeseen."""
     lines: list[dict[str, Any]] = []
-    monkeypatch.setattr("voicetx.api.answers.log_request_lines", lines.extend)
+    monkeypatch.setattr("voicetx.api.request_log.log_request_lines", lines.extend)
     monkeypatch.setattr("voicetx.api.listings._ROWS_A_PAGE", 3)
     async with served_app(database_url, credential_cache_seconds=0) as (app, base_url, _):
         services: Services = app.state.services

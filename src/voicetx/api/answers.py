@@ -1,39 +1,28 @@
 """Answers: what goes back over the wire, and the one place where an exception becomes one.
 
-Every endpoint's refusals end here, in the shape of contract section 3, and every request ends in the one log line that
-`log_requests` writes. Knows the table and HTTP, not what an endpoint does.
+Every endpoint's refusals end here, in the shape of contract section 3. This module knows the table of refusals and
+HTTP, not what an endpoint does.
 """
 
-import random
-import re
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 import structlog
-from prometheus_client import Counter
 from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Scope, Send
+from starlette.types import Send
 
-from voicetx import metrics
 from voicetx.access.throttle import ThrottleReached
-from voicetx.access.users import ApiUser
 from voicetx.contract.refusals import Challenge, Fault, Refusal, Rejected
-from voicetx.counting import activity
-from voicetx.logs import log_request_lines
 from voicetx.storage.store import StoreUnavailable
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
 _JSON: Headers = ((b"content-type", b"application/json"),)
-_REFUSALS = frozenset(refusal.code for refusal in Refusal)
 _RETRY_AFTER_SECONDS = 1
-_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@=+/-]{1,128}")
 _REFUSAL_BY_STATUS = {404: Refusal.NOT_FOUND, 405: Refusal.METHOD_NOT_SUPPORTED}
 
 _log = structlog.get_logger(__name__)
@@ -47,6 +36,13 @@ class Answer:
     code: int
     body: bytes
     headers: Headers = _JSON
+
+
+REFUSAL_CODES = frozenset(refusal.code for refusal in Refusal)
+"""The codes of the table: an answer with one of them is a refusal."""
+
+EXPECTED_ERRORS = (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException)
+"""The exceptions that have a refusal of their own; all others are defects, and are answered with 500."""
 
 
 class ClientGone(Exception):  # noqa: N818 - not a defect of ours
@@ -94,7 +90,7 @@ def _render_challenge(challenge: Challenge | None) -> bytes:
 
 def name_code(code: int) -> Headers:
     """Return the header that tells a refusal by its code, for who looks at no body; none for a success."""
-    return ((b"x-voicetx-code", b"%d" % code),) if code in _REFUSALS else ()
+    return ((b"x-voicetx-code", b"%d" % code),) if code in REFUSAL_CODES else ()
 
 
 def render_refusal(refusal: Refusal, faults: Iterable[Fault] = ()) -> bytes:
@@ -134,24 +130,11 @@ def answer_error(error: Exception) -> Answer:
     return answer
 
 
-def choose_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the request's own `x-request-id` where it is a sane one, else a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
-            return value
-    return b"%016x" % random.getrandbits(64)
-
-
 def to_response(answer: Answer) -> Response:
     """Return an answer as a FastAPI endpoint returns it."""
     response = Response(answer.body, answer.status)
     response.raw_headers.extend(answer.headers)
     return response
-
-
-def note_for_log(scope: Scope, *, code: int, user: ApiUser | None = None) -> None:
-    """Leave what only an endpoint knows where the request's log line finds it."""
-    scope.setdefault("state", {})["voicetx.log"] = (code, user)
 
 
 async def send_answer(send: Send, answer: Answer, request_id: bytes) -> None:
@@ -164,54 +147,3 @@ async def send_answer(send: Send, answer: Answer, request_id: bytes) -> None:
     ]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
-
-
-class Ended(NamedTuple):
-    """A request that has ended, for its log line: no `code` says that the client hung up before it was whole.
-
-    `started` is the performance counter's.
-    """
-
-    method: str
-    path: str
-    request_id: bytes
-    started: float
-    code: int | None
-    user: ApiUser | None
-
-
-def log_requests(requests: Sequence[Ended]) -> None:
-    """Write the one log line of each request and count it, all of them as ended now."""
-    now = time.perf_counter()
-    answered: dict[tuple[str, int], list[float]] = {}
-    lines: list[dict[str, Any]] = []
-    for method, path, request_id, started, code, user in requests:
-        seconds = now - started
-        if code is None:
-            metrics.ABANDONED.inc()
-        else:
-            answered.setdefault((path, code), []).append(seconds)
-            if user is not None and code in _REFUSALS:
-                activity.count(user.api_key_id, f"code-{code}")
-        lines.append(
-            {
-                "request_id": request_id.decode("ascii"),
-                "method": method,
-                "path": path,
-                "api_user": user.name if user is not None else None,
-                "code": code,
-                "milliseconds": round(seconds * 1000, 2),
-                "event": "request" if code is not None else "request.abandoned",
-            }
-        )
-    log_request_lines(lines)
-    for (path, code), durations in answered.items():
-        answers, answer_seconds = _find_counters(path, code)
-        answers.inc(len(durations))
-        answer_seconds.observe_all(durations)
-
-
-@lru_cache(maxsize=4096)
-def _find_counters(path: str, code: int) -> tuple[Counter, metrics.Durations]:
-    # Paths are those of routes, as declared, and codes those of the table: there are few of either.
-    return metrics.ANSWERS.labels(path, code), metrics.ANSWER_SECONDS.labels(path)

@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from voicetx import metrics
 from voicetx.access.users import ApiUser, Grant
-from voicetx.api.answers import Answer, ClientGone, Headers, answer_error, note_for_log, to_response
+from voicetx.api.access import require_grant, sign_in
+from voicetx.api.answers import Answer, ClientGone, Headers, answer_error, to_response
 from voicetx.api.bodies import read_body
-from voicetx.api.updates import require_grant, sign_in
+from voicetx.api.request_log import note_for_log
 from voicetx.contract import json_text
 from voicetx.contract.ids import is_id
 from voicetx.contract.refusals import Fault, Refusal, Rejected

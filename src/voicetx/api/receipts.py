@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from voicetx.access.users import Grant
+from voicetx.api.access import require_grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Call, answer_json, for_users, read_json
 from voicetx.api.openapi_programs import RECEIPTS_REQUEST, describe_receipts
-from voicetx.api.updates import require_grant
 from voicetx.contract.ids import is_id
 from voicetx.contract.json_text import refuse_kind
 from voicetx.contract.refusals import Fault, Refusal, Rejected

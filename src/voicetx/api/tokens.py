@@ -16,10 +16,11 @@ from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope
 
 from voicetx.access.authenticator import Token
-from voicetx.api.answers import Answer, ClientGone, Headers, note_for_log, say_what_helps, to_rejected, to_response
+from voicetx.api.access import client_address, find_authorization
+from voicetx.api.answers import Answer, ClientGone, Headers, say_what_helps, to_rejected, to_response
 from voicetx.api.bodies import read_body
 from voicetx.api.openapi import CODE_HEADER, ENCODING_HEADER
-from voicetx.api.updates import client_address, find_authorization
+from voicetx.api.request_log import note_for_log
 from voicetx.contract.json_text import read_object, strip_mark
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.services import Services

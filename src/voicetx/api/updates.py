@@ -13,18 +13,12 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope
 
 from voicetx.access.users import ApiUser, Grant
-from voicetx.api.answers import (
-    Answer,
-    ClientGone,
-    answer_error,
-    answer_refusal,
-    answer_success,
-    note_for_log,
-    to_response,
-)
+from voicetx.api.access import require_grant, sign_in
+from voicetx.api.answers import Answer, ClientGone, answer_error, answer_refusal, answer_success, to_response
 from voicetx.api.bodies import read_body
 from voicetx.api.openapi import UPDATE_REQUEST, describe_update_answers
-from voicetx.contract.refusals import Challenge, Refusal, Rejected
+from voicetx.api.request_log import note_for_log
+from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, Update, parse
 from voicetx.services import Services
 
@@ -68,32 +62,6 @@ async def answer_update(services: Services, scope: Scope, receive: Receive) -> t
     except Exception as error:  # noqa: BLE001 - each becomes its answer, and the unforeseen ones a log line too
         return answer_error(error), user
     return answer_recorded(update), user
-
-
-async def sign_in(services: Services, scope: Scope) -> ApiUser:
-    """Return the API user that the request's `authorization` header names; raises as `Authenticator` does."""
-    return await services.authenticator.authenticate(find_authorization(scope), client_address(scope))
-
-
-def find_authorization(scope: Scope) -> bytes | None:
-    """Return the `authorization` field; empty, which is nobody's, where there are several.
-
-    A proxy in front may have looked at another one than we would.
-    """
-    found = [value for name, value in scope["headers"] if name == b"authorization"]
-    return (bytes(found[0]) if len(found) == 1 else b"") if found else None
-
-
-def require_grant(user: ApiUser, *grants: Grant) -> None:
-    """Raise `Rejected` (430) unless the user holds one of the grants."""
-    if user.grants.isdisjoint(grants):
-        raise Rejected(Refusal.NOT_GRANTED, challenge=Challenge.NOT_GRANTED)
-
-
-def client_address(scope: Scope) -> str:
-    """Return the client's address, the one in front of trusted proxies; empty where the server knows none."""
-    client = scope.get("client")
-    return str(client[0]) if client else ""
 
 
 router = APIRouter(tags=["Updates"])

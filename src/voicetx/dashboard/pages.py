@@ -21,11 +21,12 @@ from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from voicetx.access.authenticator import Token
 from voicetx.access.users import ApiUser, Grant
-from voicetx.api.answers import ClientGone, note_for_log, to_rejected
+from voicetx.api.access import client_address, require_grant
+from voicetx.api.answers import ClientGone, to_rejected
 from voicetx.api.bodies import read_body
 from voicetx.api.endpoints import make_aside
+from voicetx.api.request_log import note_for_log
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
-from voicetx.api.updates import client_address, require_grant
 from voicetx.campaigns.deployments import is_there, list_deployments
 from voicetx.contract import privacy
 from voicetx.contract.codes import CALL_STATES, DROP_CODES

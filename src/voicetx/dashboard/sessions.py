@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from voicetx.access.authenticator import TOKEN_PREFIX, Token
 from voicetx.access.users import ApiUser
-from voicetx.api.updates import client_address
+from voicetx.api.access import client_address
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.services import Services
 

@@ -18,9 +18,11 @@ from starlette.types import Scope
 
 from voicetx.access.authenticator import digest_bearer
 from voicetx.access.users import ApiUser, Grant
-from voicetx.api.answers import Answer, Ended, answer_error, answer_refusal, choose_request_id, log_requests
+from voicetx.api.access import find_authorization
+from voicetx.api.answers import Answer, answer_error, answer_refusal
 from voicetx.api.bodies import is_encoded
-from voicetx.api.updates import METHODS, answer_recorded, find_authorization
+from voicetx.api.request_log import Ended, choose_request_id, log_requests
+from voicetx.api.updates import METHODS, answer_recorded
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import UPDATE_PATH, Update, parse
 from voicetx.recording.recorder import Outcome, Recorder

@@ -49,16 +49,8 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from voicetx.api.answers import (
-    Answer,
-    AnswerCut,
-    Ended,
-    Headers,
-    answer_refusal,
-    choose_request_id,
-    log_requests,
-    name_code,
-)
+from voicetx.api.answers import Answer, AnswerCut, Headers, answer_refusal, name_code
+from voicetx.api.request_log import Ended, choose_request_id, log_requests
 from voicetx.api.updates import REFUSED_METHOD
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import UPDATE_PATH
