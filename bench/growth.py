@@ -32,8 +32,9 @@ from servers import PostgreSQL, Service
 from voicetx.contract.update import parse
 from voicetx.counting import tallies
 from voicetx.counting.tallies import Sent
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
-from voicetx.storage.store import Received, Store
+from voicetx.storage.store import Store
 
 _CAMPAIGN = 100_000
 _UPDATES_EACH = 3

@@ -13,8 +13,8 @@ from voicetx.access.users import ApiUser, Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import parse
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
-from voicetx.storage.store import Received
 
 DEPLOYMENT = "spring-renewal"
 STORY = "call-000042"

@@ -24,8 +24,8 @@ from platform_side import make_user, register, run_on
 from servers import Service, wait_until
 from voicetx.contract.merge import Transaction, fold
 from voicetx.contract.update import UPDATE_PATH, Update, parse, restore
+from voicetx.recording.batch import look_up
 from voicetx.storage.schema import voice_update
-from voicetx.storage.store import look_up
 
 TRANSACTIONS = 50
 _GIVE_UP_SECONDS = 60

@@ -12,13 +12,14 @@ import pytest
 
 from voicetx.access import authenticator, users
 from voicetx.access.authenticator import Authenticator
+from voicetx.access.key_use import note_keys
 from voicetx.access.throttle import Throttle
 from voicetx.access.users import ApiUser, Grant
 from voicetx.contract.refusals import Rejected
 from voicetx.counting import activity
 from voicetx.services import Services
 from voicetx.settings import Settings
-from voicetx.storage.store import Store, StoreUnavailable, note_keys
+from voicetx.storage.store import Store, StoreUnavailable
 
 pytestmark = pytest.mark.anyio
 

@@ -32,10 +32,10 @@ from voicetx.cli import main
 from voicetx.contract.update import parse
 from voicetx.counting import activity, tallies
 from voicetx.counting.tallies import Measure
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.settings import Settings
 from voicetx.storage.schema import voice_transaction
-from voicetx.storage.store import Received
 
 
 def invoke(database_url: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:

@@ -23,8 +23,9 @@ from voicetx.contract.refusals import Rejected
 from voicetx.contract.update import UPDATE_PATH, Update, parse
 from voicetx.dashboard.history import judge_history
 from voicetx.reading.reports import report_deployment, report_transaction
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
-from voicetx.storage.store import Received, Store
+from voicetx.storage.store import Store
 
 # When clocks were set back, and by how much: by an hour, by half of one, by two.
 CHANGES = [

@@ -22,10 +22,12 @@ from voicetx.contract.codes import contradicts, is_final
 from voicetx.contract.update import parse
 from voicetx.reading import listings
 from voicetx.reading.listings import ANYTHING, Filters, ListedTransaction, Receipt, find_receipts, list_transactions
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import Recorder, commit_batch
 from voicetx.settings import Settings
 from voicetx.storage.schema import deployment, voice_transaction
-from voicetx.storage.store import Received, Store, find_complete_until
+from voicetx.storage.statements import find_complete_until
+from voicetx.storage.store import Store
 
 pytestmark = pytest.mark.anyio
 

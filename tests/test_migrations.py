@@ -28,12 +28,13 @@ from voicetx.contract.merge import Transaction, fold
 from voicetx.contract.update import parse, restore
 from voicetx.counting import folding, tallies
 from voicetx.reading.reports import report_transaction
+from voicetx.recording.batch import Received, look_up
 from voicetx.recording.recorder import Outcome, commit_batch
 from voicetx.settings import Settings
 from voicetx.storage import migrations
 from voicetx.storage.migrations import HEAD, SchemaOutdated
 from voicetx.storage.schema import FIELD_NAMES, metadata
-from voicetx.storage.store import DatabaseUnfit, Received, Store, look_up
+from voicetx.storage.store import DatabaseUnfit, Store
 
 pytestmark = pytest.mark.anyio
 

@@ -226,7 +226,7 @@ def test_a_file_without_room_is_not_ready(
                 await asyncio.wait([asking], timeout=0.1)
                 other.rollback()
                 assert await asking == "ready"
-            monkeypatch.setattr("voicetx.storage.store._ROOM_BYTES", 1 << 62)
+            monkeypatch.setattr("voicetx.storage.sqlite._ROOM_BYTES", 1 << 62)
             assert await describe_database(store) == "not writable"
         finally:
             await store.close()

@@ -20,8 +20,9 @@ from conftest import migrate
 from platform_side import register, show
 from servers import has_ended, wait_until
 from voicetx.contract.update import parse
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import Outcome, commit_batch
-from voicetx.storage.store import Received, Store, StoreUnavailable, ValueRefused
+from voicetx.storage.store import Store, StoreUnavailable, ValueRefused
 from voicetx.storage.writer_process import OwnProcess, ProcessLost
 
 pytestmark = pytest.mark.anyio

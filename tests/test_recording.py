@@ -23,10 +23,11 @@ from voicetx.contract.merge import Transaction, fold
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import Update, parse
 from voicetx.reading.reports import TransactionReport, report_transaction
+from voicetx.recording.batch import Batch, Received, look_up
 from voicetx.recording.recorder import Outcome, Recorder, commit_batch
 from voicetx.settings import Settings
 from voicetx.storage.schema import voice_update
-from voicetx.storage.store import Batch, Received, Store, StoreUnavailable, ValueRefused, look_up
+from voicetx.storage.store import Store, StoreUnavailable, ValueRefused
 
 pytestmark = pytest.mark.anyio
 

@@ -32,9 +32,10 @@ from voicetx.reading.reports import (
     report_deployment,
     report_users,
 )
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.storage.schema import api_user, voice_transaction, voice_update
-from voicetx.storage.store import Received, Store
+from voicetx.storage.store import Store
 
 IDS = [f"tx-{number}" for number in range(8)]
 ZONES = ["UTC", "Asia/Kolkata", "America/New_York"]

@@ -29,6 +29,7 @@ from voicetx.contract.refusals import Rejected
 from voicetx.contract.update import parse, restore
 from voicetx.reading.reports import TransactionReport, report_transaction
 from voicetx.recording import recorder
+from voicetx.recording.batch import Received, look_up
 from voicetx.recording.recorder import commit_batch
 from voicetx.storage.schema import (
     FIELD_NAMES,
@@ -39,7 +40,7 @@ from voicetx.storage.schema import (
     voice_transaction,
     voice_update,
 )
-from voicetx.storage.store import Received, Store, look_up
+from voicetx.storage.store import Store
 
 pytestmark = pytest.mark.anyio
 

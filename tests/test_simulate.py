@@ -35,9 +35,9 @@ from voicetx.cli import simulate as command
 from voicetx.contract.refusals import Refusal
 from voicetx.contract.update import parse
 from voicetx.reading.reports import report_users
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.storage.schema import voice_update
-from voicetx.storage.store import Received
 
 GRANTS = (Grant.TRANSACTIONS_UPDATE, Grant.DEPLOYMENTS_WRITE)
 QUICK = ("--speed", "5000", "--seed", "1", "--json")

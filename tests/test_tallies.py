@@ -27,9 +27,10 @@ from voicetx.counting import tallies
 from voicetx.counting.folding import Folder
 from voicetx.counting.tallies import Counts, Measure, Sent
 from voicetx.recording import recorder
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.storage.schema import deployment, tally_change, voice_transaction, voice_update
-from voicetx.storage.store import Received, Store, StoreUnavailable, ValueRefused
+from voicetx.storage.store import Store, StoreUnavailable, ValueRefused
 
 pytestmark = pytest.mark.anyio
 

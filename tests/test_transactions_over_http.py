@@ -22,8 +22,8 @@ from voicetx.access.users import Grant
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.contract.update import UPDATE_PATH, parse
 from voicetx.reading.reports import report_transaction
+from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
-from voicetx.storage.store import Received
 
 BODY = make_body(
     "tx-1",

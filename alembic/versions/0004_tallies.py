@@ -1,25 +1,30 @@
 """What reports count is kept with every write, and each transaction says when it was registered and whether it is over.
 
+The rules by which is counted here are those of the release that brought this step, and stay as they are.
+
 Revision ID: 0004
 Revises: 0003
 """
 
 from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from alembic import op
 
-from voicetx.contract.merge import is_final
-
-# The rules themselves, and not a copy of them as they were: the service goes on from what is computed here.
-from voicetx.counting import tallies
-from voicetx.counting.tallies import Counts, Sent
-
 revision = "0004"
 down_revision = "0003"
 
 _TRANSACTIONS_AT_ONCE = 10_000
+_UNDER_WAY_STATES = ("2", "3", "4")
+_SAY_NO_END = ("2005", "2020")
+_ANSWERED_STATES = ("5", "6")
+_TROMBONE_SOURCE = "3"
+_LONGEST_SECONDS = 86_400
+_ERASED_KEY = "x"  # stands where a digit was that was erased
 _READ = """
     SELECT transaction_id, deployment_id, call_starttime, call_endtime, call_source, trombone_starttime,
         trombone_endtime, dtmf_digits, call_state, drop_code, times_attempted
@@ -83,21 +88,13 @@ def upgrade() -> None:
 
 def _count(connection: sa.Connection) -> None:
     """Count what every transaction and its history is to the reports, and say of each whether it is over."""
-    found: dict[str, Counts] = {}
+    found: dict[str, Counter[tuple[str, str]]] = {}
     last = ""
     while rows := connection.execute(sa.text(_READ), {"last": last, "most": _TRANSACTIONS_AT_ONCE}).all():
         last = rows[-1].transaction_id
-        lines: dict[str, list[str]] = {}
         for row in rows:
-            lines.setdefault(row.deployment_id, []).append(tallies.change("", tallies.profile(row._mapping)))
-        for deployment_id, changes in lines.items():
-            counts = found.setdefault(deployment_id, Counter())
-            counts.update(tallies.count(changes, registered=len(changes)))
-        over = [
-            {"id": row.transaction_id}
-            for row in rows
-            if row.call_state is not None and is_final(row.call_state, row.drop_code)
-        ]
+            found.setdefault(row.deployment_id, Counter()).update(_list_counted(row))
+        over = [{"id": row.transaction_id} for row in rows if row.call_state is not None and _is_final(row)]
         if over:
             connection.execute(
                 sa.text("UPDATE voice_transaction SET finished = :yes WHERE transaction_id = :id").bindparams(yes=True),
@@ -108,11 +105,46 @@ def _count(connection: sa.Connection) -> None:
     )
     for deployment_id, api_key_id, minute, updates in history:
         counts = found.setdefault(deployment_id, Counter())
-        line = tallies.change("", "", [Sent(UUID(str(api_key_id)), minute * 60_000)])
-        for key, count in tallies.count([line]).items():
-            counts[key] += count * updates
-    for deployment_id, counts in sorted(found.items()):
-        tallies.add(connection, deployment_id, counts)
+        counts["sender", UUID(str(api_key_id)).hex] += updates
+        counts["minute", str(minute)] += updates
+    counted = [
+        {"deployment_id": deployment_id, "measure": measure, "item": item, "number": number}
+        for deployment_id, counts in sorted(found.items())
+        for (measure, item), number in sorted(counts.items())
+    ]
+    if counted:
+        connection.execute(
+            sa.text(
+                "INSERT INTO tally (deployment_id, measure, item, count)"
+                " VALUES (:deployment_id, :measure, :item, :number)"
+            ),
+            counted,
+        )
+
+
+def _list_counted(row: Any) -> Iterable[tuple[str, str]]:
+    """Yield each measure, and its item, in which a transaction counts as one."""
+    yield "registered", ""
+    if row.call_state is None:
+        return
+    yield "outcome", f"{row.call_state}.{row.drop_code}"
+    yield "attempts", str(int(row.times_attempted or 0))
+    if row.call_state in _ANSWERED_STATES:
+        yield "talk", _measure_seconds(row.call_starttime, row.call_endtime)
+    if row.call_source == _TROMBONE_SOURCE:
+        yield "transfer", _measure_seconds(row.trombone_starttime, row.trombone_endtime)
+    if row.dtmf_digits:
+        yield "pressed", ""
+        yield from (("key", key) for key in row.dtmf_digits if key != _ERASED_KEY)
+
+
+def _is_final(row: Any) -> bool:
+    return row.call_state not in _UNDER_WAY_STATES or row.drop_code not in _SAY_NO_END
+
+
+def _measure_seconds(start: str, end: str) -> str:
+    length = (datetime.fromisoformat(end) - datetime.fromisoformat(start)) // timedelta(seconds=1)
+    return str(min(_LONGEST_SECONDS, length))
 
 
 def downgrade() -> None:

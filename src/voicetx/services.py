@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 
 from voicetx import duties
 from voicetx.access.authenticator import Authenticator
+from voicetx.access.key_use import note_keys
 from voicetx.access.throttle import Throttle
 from voicetx.counting import activity, tallies
 from voicetx.counting.activity import Activity
@@ -27,7 +28,8 @@ from voicetx.duties import Duty, do_all, held, note_failure
 from voicetx.recording.recorder import Recorder, commit_batch
 from voicetx.settings import Settings
 from voicetx.storage import migrations
-from voicetx.storage.store import Store, StoreUnavailable, Turn, note_keys, note_repeats, open_store
+from voicetx.storage.statements import note_repeats
+from voicetx.storage.store import Store, StoreUnavailable, Turn, open_store
 
 K = TypeVar("K")
 

@@ -41,7 +41,7 @@ from voicetx.contract.ids import TransactionId
 from voicetx.reading.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
 from voicetx.reading.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
 from voicetx.reading.reports import format_time, read_time
-from voicetx.storage.store import find_complete_until
+from voicetx.storage.statements import find_complete_until
 
 router = APIRouter(tags=["Transactions"])
 

@@ -19,6 +19,7 @@ import orjson
 from sqlalchemy import Connection, insert, select, update
 
 from voicetx.storage.schema import audit_record
+from voicetx.storage.statements import look_up_by_key
 from voicetx.storage.store import Store
 
 Advance = Callable[[int], None]
@@ -91,9 +92,7 @@ class AuditedRun:
         """
 
         def write(connection: Connection) -> Counter[str]:
-            if connection.dialect.name == "postgresql":
-                # Statistics may still say that the table is small, and PostgreSQL would then read all of a big one.
-                connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            look_up_by_key(connection)
             counts = self.counts + Counter(work(connection))
             connection.execute(self._change_record(counts=orjson.dumps(counts).decode()))
             return counts

@@ -18,8 +18,9 @@ from voicetx.access import authenticator
 from voicetx.campaigns.audit import Advance, AuditedRun
 from voicetx.counting import tallies
 from voicetx.counting.tallies import Sent
-from voicetx.storage.schema import access_token, deployment, voice_transaction, voice_update
-from voicetx.storage.store import UNASSIGNED, Store, ValueRefused, match_ids
+from voicetx.storage.schema import UNASSIGNED, access_token, deployment, voice_transaction, voice_update
+from voicetx.storage.statements import match_ids
+from voicetx.storage.store import Store, ValueRefused
 
 _TRANSACTIONS_AT_ONCE = 1_000
 _UPDATES_AT_ONCE = 5_000

@@ -13,8 +13,8 @@ from sqlalchemy import Connection, select, update
 from voicetx.campaigns.deployments import require_deployment
 from voicetx.counting import tallies
 from voicetx.counting.tallies import Sent
-from voicetx.storage.schema import voice_transaction, voice_update
-from voicetx.storage.store import UNASSIGNED, insert_transactions, match_ids, take_now_ms
+from voicetx.storage.schema import UNASSIGNED, voice_transaction, voice_update
+from voicetx.storage.statements import match_ids, register, take_now_ms
 
 
 def register_transactions(connection: Connection, deployment_id: str, ids: Collection[str]) -> set[str]:
@@ -24,7 +24,7 @@ def register_transactions(connection: Connection, deployment_id: str, ids: Colle
     Raises `DeploymentError` where there is no such deployment.
     """
     require_deployment(connection, deployment_id)
-    insert_transactions(connection, deployment_id, ids, time.time_ns() // 1_000_000)
+    register(connection, deployment_id, ids, time.time_ns() // 1_000_000)
     matches, values = match_ids(connection, ids)
     elsewhere = select(voice_transaction.c.transaction_id, voice_transaction.c.deployment_id).where(
         matches, voice_transaction.c.deployment_id != deployment_id

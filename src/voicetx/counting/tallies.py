@@ -1,10 +1,10 @@
 """Tallies: what reports count, kept right with every write, so that no report has to read a million rows.
 
 Whoever writes a transaction adds, in the same database transaction, a row to `tally_change` that says what the
-transaction was to the reports and what it is now: `voicetx.storage.store` for a batch, `voicetx.campaigns`
-for registration, purge and erasure. Rows are only added, so that processes which record the same deployment
-never wait for each other; every few seconds `voicetx.counting.folding` adds them up into `tally`. A reader takes both
-together, and so misses nothing that was acknowledged. Knows which numbers there are, not what a report makes of them
+transaction was to the reports and what it is now: `voicetx.recording.batch` for a batch, `voicetx.campaigns` for what
+is registered, deleted and masked. Rows are only added, so that processes which record the same deployment never wait
+for each other; every few seconds `voicetx.counting.folding` adds them up into `tally`. A reader takes both together,
+and so misses nothing that was acknowledged. Knows which numbers there are, not what a report makes of them
 (`voicetx.reading.reports`). Source: docs/decisions/0016-tallies.md.
 """
 
@@ -17,12 +17,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import orjson
 from sqlalchemy import BigInteger, Connection, cast, delete, func, insert, null, select, true, union_all
 
 from voicetx.contract.clocks import measure_seconds
 from voicetx.contract.codes import ANSWERED_STATES
 from voicetx.contract.fields import TROMBONE_SOURCE
+from voicetx.storage import statements
 from voicetx.storage.schema import tally, tally_change
 
 LONGEST_SECONDS = 86_400
@@ -36,7 +36,6 @@ ERASED_KEY = "x"
 
 _SENT = re.compile(r"([+-])([^+-]*)")
 _MINUTE_MS = 60_000
-_FOLDING = 0x766F696365  # the key of PostgreSQL's advisory lock: one process folds at a time
 
 
 class Measure(StrEnum):
@@ -122,22 +121,8 @@ def note(
 def add(connection: Connection, deployment_id: str, counts: Counts) -> None:
     """Add to a deployment's tallies at once; meant for who holds no row that others wait for."""
     rows = [(deployment_id, str(measure), item, number) for (measure, item), number in sorted(counts.items()) if number]
-    if not rows:
-        return
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(_ADD_ROWS, (orjson.dumps(rows).decode(),))
-    else:
-        connection.exec_driver_sql(_ADD_ROW, rows)
-
-
-# In each database's own words: a fold may come to thousands of rows, and one by one they take ten times as long.
-_ADD_UP = "ON CONFLICT (deployment_id, measure, item) DO UPDATE SET count = tally.count + excluded.count"
-_ADD_ROWS = (
-    "INSERT INTO tally (deployment_id, measure, item, count)"  # noqa: S608 - of our own words
-    " SELECT added->>0, added->>1, added->>2, (added->>3)::bigint FROM json_array_elements($1::json) AS added "
-    + _ADD_UP
-)
-_ADD_ROW = f"INSERT INTO tally (deployment_id, measure, item, count) VALUES (?, ?, ?, ?) {_ADD_UP}"  # noqa: S608 - as above
+    if rows:
+        statements.add_tallies(connection, rows)
 
 
 class Changes(NamedTuple):
@@ -182,14 +167,7 @@ def fold(connection: Connection, rows: Sequence[Sequence[Any]], counts: Mapping[
 
     Raises `ChangesTaken`, and then does nothing.
     """
-    ids = [change_id for change_id, *_ in rows]
-    if connection.dialect.name == "postgresql":
-        is_ours = connection.execute(select(func.pg_try_advisory_xact_lock(_FOLDING))).scalar_one()
-        if not is_ours:
-            raise ChangesTaken
-    elif _read_rows(connection, ids) != rows:
-        raise ChangesTaken  # SQLite gives the ids of a table that was emptied again
-    if connection.execute(delete(tally_change).where(tally_change.c.change_id.in_(ids))).rowcount < len(ids):
+    if not statements.take_changes(connection, rows):
         raise ChangesTaken
     for deployment_id, added in counts.items():
         add(connection, deployment_id, added)
@@ -246,9 +224,8 @@ def read_registered(connection: Connection, only: str | None = None) -> dict[str
 
 def forget(connection: Connection, deployment_id: str) -> None:
     """Drop the tallies of a deployment that is no more."""
-    if connection.dialect.name == "postgresql":
-        # A fold that is under way would bring some of them back.
-        connection.execute(select(func.pg_advisory_xact_lock(_FOLDING)))
+    # A fold that is under way would bring some of them back.
+    statements.hold_off_folding(connection)
     for table in (tally, tally_change):
         connection.execute(delete(table).where(table.c.deployment_id == deployment_id))
 

@@ -15,8 +15,8 @@ from sqlalchemy import ColumnElement, Connection, func, or_, select, true
 
 from voicetx.contract import privacy
 from voicetx.contract.fields import PRIVACY, WIRE_NAMES, Privacy
+from voicetx.storage import statements
 from voicetx.storage.schema import FIELD_NAMES, deployment, voice_transaction
-from voicetx.storage.store import look_up
 
 MOST_SCANNED = 20_000
 """How many rows a page looks at."""
@@ -113,14 +113,14 @@ def find_receipts(connection: Connection, wanted: Sequence[tuple[str, bytes | No
     digests: dict[str, set[bytes]] = {}
     for transaction_id, digest in wanted:
         digests.setdefault(transaction_id, set()).add(digest if digest is not None else b"")
-    found = look_up(connection, digests)
+    found = statements.look_up(connection, digests)
     receipts: list[Receipt] = []
     for transaction_id, digest in wanted:
         known = found.get(transaction_id)
         if known is None:
             receipts.append(Receipt(transaction_id, is_registered=False, updates=0, is_held=False))
             continue
-        updates = known.transaction.updates
+        updates = known.updates
         is_held = updates > 0 if digest is None else digest in known.held
         receipts.append(Receipt(transaction_id, is_registered=True, updates=updates, is_held=is_held))
     return receipts

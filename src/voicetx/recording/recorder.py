@@ -22,20 +22,18 @@ from voicetx.contract.merge import apply
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import Update
 from voicetx.counting import activity
-from voicetx.recording.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
-from voicetx.settings import Settings, UnknownTransactions
-from voicetx.storage.store import (
+from voicetx.recording.batch import (
     Batch,
     Change,
     Found,
     Received,
-    Store,
-    StoreUnavailable,
-    ValueRefused,
     look_up,
     record_changes,
     register_unassigned,
 )
+from voicetx.recording.group_commit import Closed, CommitTimeout, GroupCommitter, QueueFull
+from voicetx.settings import Settings, UnknownTransactions
+from voicetx.storage.store import Store, StoreUnavailable, ValueRefused
 
 _RETRY_AFTER_SECONDS = 1
 _COMPANY_SECONDS = 0.001  # uvloop knows no shorter time

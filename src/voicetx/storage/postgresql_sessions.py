@@ -1,4 +1,4 @@
-"""Sessions of a PostgreSQL server, and the settings that hold in them.
+"""Sessions of a PostgreSQL server, the settings that hold in them, and the engines that keep them.
 
 A session of our own is set once. Behind a pooler a session may be another one for each transaction, and somebody else's
 for the next: there each transaction brings the settings along, in the same message as its BEGIN, and takes them away
@@ -6,13 +6,28 @@ again, and no statement is prepared under a name (docs/decisions/0021-poolers.md
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
+from sqlalchemy import Engine, ExceptionContext, event
+from sqlalchemy.util import await_only
+
+from voicetx.addresses import ServerAddress
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 # Acknowledged means on disk, whatever a role or a database is set to; settings that ask for more than that stay.
 _COMMIT_TO_DISK = (
     "set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), {is_local})"
+)
+_READ_ONLY = "25006"
+# What makes a host one that another may stand in for; a wrong password is wrong everywhere.
+_NOT_THIS_HOST = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TargetServerAttributeNotMatched,
 )
 _BY_KEY = {
     "plan_cache_mode": "force_generic_plan",
@@ -89,3 +104,66 @@ async def _try_transaction(connection: PooledConnection) -> None:
             "A pooler is between voicetx and PostgreSQL, and ends a transaction after each statement. Set its"
             " pool_mode to transaction or session, or name PostgreSQL itself in VOICETX_DATABASE_URL"
         ) from error
+
+
+def make_engine(
+    address: ServerAddress,
+    pool_size: int,
+    timeout_seconds: float,
+    statement_seconds: float | None,
+    *,
+    plans_by_key: bool = False,
+) -> "AsyncEngine":
+    """Return an engine whose connections are sessions as `open_session` has them, of the first host that will do."""
+    # It brings SQLAlchemy's ORM along: what works on a file starts faster without.
+    from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
+
+    # asyncpg would give the first of several hosts all the time there is: where that one hangs, no other is asked.
+    connect_seconds = min(timeout_seconds / len(address.hosts), address.connect_timeout_seconds or timeout_seconds)
+
+    async def connect() -> Any:
+        errors: list[Exception] = []
+        for options in address.list_connections():
+            try:
+                return await open_session(
+                    options | {"server_settings": address.server_settings},
+                    timeout_seconds=connect_seconds,
+                    statement_seconds=statement_seconds,
+                    plans_by_key=plans_by_key,
+                )
+            except _NOT_THIS_HOST as error:
+                errors.append(error)
+        raise errors[-1]
+
+    def adapt() -> Any:
+        # As `async_creator` would do it, but behind a pooler no statement is kept, and none has a name.
+        connection = await_only(connect())
+        kept = {"prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
+
+        async def hand_over() -> Any:
+            return connection
+
+        return engine.dialect.loaded_dbapi.connect(
+            async_creator_fn=hand_over, **kept if isinstance(connection, PooledConnection) else {}
+        )
+
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        creator=adapt,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=timeout_seconds,
+        hide_parameters=True,
+        isolation_level="READ COMMITTED",
+    )
+    _leave_what_is_read_only(engine.sync_engine)
+    return engine
+
+
+def _leave_what_is_read_only(engine: Engine) -> None:
+    """Connect anew where nothing can be written, as after a failover that cuts no connections."""
+
+    @event.listens_for(engine, "handle_error")
+    def _leave(context: ExceptionContext) -> None:
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True

@@ -39,6 +39,9 @@ metadata = MetaData(
 # Ids are ASCII: compared byte by byte they sort as Python sorts them, and faster than in a language's order.
 _ID = String(128).with_variant(String(128, collation="C"), "postgresql")
 
+UNASSIGNED = "unassigned"
+"""The deployment of transactions that nobody registered beforehand."""
+
 FIELD_NAMES: tuple[str, ...] = tuple(name for name in WIRE_NAMES if name != "transaction_id")
 """The merged fields of a transaction, in the order of the contract: one column each."""
 

@@ -1,0 +1,47 @@
+"""The rows of a batch: which columns are read and written, in which order, and what a row is in between.
+
+`voicetx.recording.batch` makes these rows of updates and the other way round; `voicetx.storage.sqlite` and
+`voicetx.storage.postgresql` read and write them. Knows neither SQL nor which update wins.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from voicetx.storage.schema import MERGED_NAMES
+
+SEEN_NAMES = ("transaction_id", "deployment_id", "updates", "attempt", "digest", "older")
+"""The columns of a transaction that are read in front of its merged fields."""
+
+WRITTEN_NAMES = ("updates", "attempt", "digest", "older", *MERGED_NAMES, "inconsistent", "finished")
+"""The columns of a transaction that an update changes, beside the time of the change."""
+
+HISTORY_NAMES = ("transaction_id", "digest", "body", "received_at_ms", "api_key_id")
+"""The columns of an update in the history."""
+
+
+class SeenRow(NamedTuple):
+    """A registered transaction as it is in the database, and which of the updates asked about are in its history.
+
+    `fields` has the merged fields in the order of `MERGED_NAMES`; what was not given is None. Of a short history `held`
+    may have digests that nobody asked about.
+    """
+
+    transaction_id: str
+    deployment_id: str
+    updates: int
+    attempt: int | None
+    digest: bytes | None
+    older: str | None
+    fields: Sequence[str | None]
+    held: set[bytes]
+
+
+class ChangedRow(NamedTuple):
+    """A transaction to be written back: its deployment when it was read, and values by name.
+
+    The values are those of `WRITTEN_NAMES`, the `transaction_id`, what was read of it (the count of its updates as
+    `seen`, its digits pressed as `digits_seen`), and its line for the tallies as `change`.
+    """
+
+    deployment_id: str
+    values: Mapping[str, Any]
