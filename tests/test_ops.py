@@ -4,20 +4,29 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy import func, select
 
 import alerting
+from bodies import encode, make_body
+from platform_side import make_user, register, run_on
+from servers import Server, Service, wait_until
 from voicetx import metrics
 from voicetx.contract.update import UPDATE_PATH
 from voicetx.settings import Settings
+from voicetx.storage.schema import voice_update
 
 OPS = Path(__file__).parents[1] / "ops"
+
+_UPDATES = 20
 
 
 def known_names() -> set[str]:
@@ -173,3 +182,88 @@ def test_the_unit_leaves_time_to_answer_everybody() -> None:
     settings = Settings(_env_file=None)
     needed_seconds = settings.shutdown_timeout_seconds + 3 * settings.commit_timeout_seconds
     assert read_seconds("voicetx.service", r"^TimeoutStopSec=(\d+)$") > needed_seconds
+
+
+class Proxy(Server):
+    """A proxy set up by an example in which ports and paths are replaced; without TLS, which has no half-closed end."""
+
+    def __init__(self, program: str, certificate: Path, service: Service) -> None:
+        super().__init__()
+        self._name = Path(program).name
+        self._program = program
+        at = f"127.0.0.1:{service.port}"
+        bind = f"bind 127.0.0.1:{self.port}"
+        replaced = {"127.0.0.1:8000": at, "/etc/ssl/voicetx": str(certificate)}
+        if self._name == "nginx":
+            example = read_example("nginx.conf", instead=replaced | {"listen 443 ssl": f"listen 127.0.0.1:{self.port}"})
+            kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            places = "".join(f"{kind}_temp_path {self._folder}/{kind};" for kind in kinds)
+            whole = f"daemon off; pid {self._folder}/pid; events {{}} http {{ access_log off; {places} {example} }}"
+        else:
+            whole = read_example(
+                "haproxy.cfg",
+                instead={"127.0.0.1:8000": at, "bind :443 ssl crt /etc/ssl/voicetx/voicetx.pem alpn http/1.1": bind},
+            )
+        self._config = self._folder / "config"
+        self._config.write_text(whole)
+
+    def _command(self) -> list[str | Path]:
+        if self._name == "nginx":
+            return [self._program, "-e", "stderr", "-c", self._config]
+        return [self._program, "-db", "-f", self._config]
+
+    def _is_ready(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+
+@pytest.fixture(params=["nginx", "haproxy"])
+def proxy(request: pytest.FixtureRequest, sqlite_template: Path, tmp_path: Path) -> Iterator[tuple[str, Proxy]]:
+    """Return the address of a database and a proxy in front of the service on it; skips where the proxy is not."""
+    program = find_tool(request.param)
+    if program is None:
+        pytest.skip(f"{request.param} is not installed")
+    path = tmp_path / "voicetx.db"
+    shutil.copyfile(sqlite_template, path)
+    url = f"sqlite:///{path}"
+    with Service(url) as service, Proxy(program, request.getfixturevalue("certificate"), service) as started:
+        yield url, started
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Go away at once."""
+    connection.close()
+
+
+def end_sending(connection: socket.socket) -> None:
+    """Say that nothing more is sent, and wait for the answer."""
+    connection.shutdown(socket.SHUT_WR)
+    assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+@pytest.mark.parametrize("leave", [hang_up, end_sending])
+def test_what_came_whole_is_recorded_behind_a_proxy(
+    proxy: tuple[str, Proxy], leave: Callable[[socket.socket], None]
+) -> None:
+    """An update whose client is gone, or sends nothing more, as soon as it is sent is recorded behind a proxy too."""
+    url, started = proxy
+    _, key = make_user(url)
+    register(url, [f"tx-{number}" for number in range(_UPDATES)])
+    for number in range(_UPDATES):
+        body = encode(make_body(f"tx-{number}"))
+        lines = (
+            f"PUT {UPDATE_PATH} HTTP/1.1",
+            "host: x",
+            f"authorization: Bearer {key}",
+            f"content-length: {len(body)}",
+        )
+        with socket.create_connection(("127.0.0.1", started.port), timeout=30) as connection:
+            connection.sendall("\r\n".join((*lines, "", "")).encode() + body)
+            leave(connection)
+    count = select(func.count()).select_from(voice_update)
+    wait_until(
+        lambda: run_on(url, lambda connection: connection.execute(count).scalar_one()) == _UPDATES, "Updates are lost"
+    )

@@ -137,8 +137,31 @@ def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Mon
     failed = metrics.FAILED_DUTIES.labels("supervise")._value
     before = failed.get()
     with socket.socket() as one, socket.socket() as other:
-        looking = supervisor.Supervisor(uvicorn.Config("nothing"), [one, other])
+        looking = supervisor.Supervisor(uvicorn.Config("nothing"), [one, other], stop_seconds=1)
         looking._look_after_all()
         looking._look_after_all()
         assert started == [one, other, one]
     assert failed.get() == before + 1
+
+
+def test_a_process_that_hangs_does_not_keep_the_others_from_ending(tmp_path: Path) -> None:
+    """Told to end, a service of several processes kills the one that does not, when a stop has taken its time."""
+    environment = {"VOICETX_SHUTDOWN_TIMEOUT_SECONDS": "1", "VOICETX_COMMIT_TIMEOUT_SECONDS": "0.3"}
+    with Service(f"sqlite:///{tmp_path / 'voicetx.db'}", workers=2, environment=environment) as service:
+        family = find_family(service.pid)
+        hanging = min(service.find_workers())
+        os.kill(hanging, signal.SIGSTOP)
+        os.kill(service.pid, signal.SIGTERM)
+        wait_until(lambda: all(map(has_ended, family)), "The one that hangs kept the others")
+        assert "process.hangs" in service.log_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_one_process_ends_in_good_order_on_these_signals_only(tmp_path: Path, number: signal.Signals) -> None:
+    """A service of one process goes on after signals that mean nothing to it, and commits what it has on SIGHUP too."""
+    with Service(f"sqlite:///{tmp_path / 'voicetx.db'}") as service:
+        for nothing in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU):
+            os.kill(service.pid, nothing)
+        assert httpx.get(f"{service.base_url}/healthz").status_code == 200
+        assert service._end(number) in {0, -signal.SIGTERM}
+        assert "Finished server process" in service.log_text()

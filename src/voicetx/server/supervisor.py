@@ -30,8 +30,8 @@ _PATIENCE_SECONDS = 60.0  # a process that starts on a busy machine must not be 
 _FAREWELL_SECONDS = 2.0  # of all processes but the last; one that takes longer ends beside the next
 _AGAIN_SECONDS = 1.0  # before a process starts again that had not got as far as serving
 
-# A terminal sends the first two to what runs behind it. How many processes serve is a setting.
-_NOT_HEEDED = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
+NOT_HEEDED = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that do nothing. A terminal sends the first two to what runs behind it; how many serve is a setting."""
 
 _SERVING = b"serving"
 _STARTING = b"starting"
@@ -41,10 +41,14 @@ _log = structlog.get_logger(__name__)
 
 
 class Supervisor:
-    """Keeps one process serving on each listener, until SIGTERM or SIGINT."""
+    """Keeps one process serving on each listener, until SIGTERM or SIGINT.
 
-    def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket]) -> None:
+    A process that has not ended `stop_seconds` after it was told to is killed.
+    """
+
+    def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket], stop_seconds: float) -> None:
         self._config = config
+        self._stop_seconds = stop_seconds
         self._seats = [_Seat(listener) for listener in listeners]
         self._to_replace: list[tuple[_Seat, _Process | None]] = []
         self._is_told_to_replace = False
@@ -150,8 +154,9 @@ class Supervisor:
         """Tell every process to end, one after the other, and wait for them.
 
         So dialers that one process sends away are served by the next, and nobody listens any more when the last sends
-        its own away: a connection that nobody takes before its listener closes is reset.
+        its own away: a connection that nobody takes before its listener closes is reset. One that hangs is killed.
         """
+        give_up_at = time.monotonic() + self._stop_seconds
         for seat in self._seats:
             seat.listener.close()
         processes = [process for seat in self._seats for process in seat.processes]
@@ -160,7 +165,11 @@ class Supervisor:
                 process.terminate()
                 process.join(_FAREWELL_SECONDS / len(processes))
         for process in processes:
-            process.join()
+            process.join(max(0.0, give_up_at - time.monotonic()))
+            if not process.has_ended:
+                _log.error("process.hangs", pid=process.pid)
+                process.kill()
+                process.join()
 
 
 _MANY = 4_096
@@ -251,7 +260,7 @@ def _heed_signals(heed: Callable[[int], None]) -> Iterator[socket.socket]:
         undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             undo.callback(signal.signal, number, signal.signal(number, lambda number, _: heed(number)))
-        for number in _NOT_HEEDED:
+        for number in NOT_HEEDED:
             undo.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
         yield told
 

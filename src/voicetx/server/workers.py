@@ -6,6 +6,7 @@
 """
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import uvicorn
 from voicetx.access.shared_counts import COUNTS_FILE_VARIABLE
 from voicetx.addresses import FileAddress, read_database_url
 from voicetx.server.protocol import ContractProtocol
-from voicetx.server.supervisor import Supervisor
+from voicetx.server.supervisor import NOT_HEEDED, Supervisor
 from voicetx.settings import Settings
 
 _BACKLOG = 2048
@@ -77,6 +78,7 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
         backlog=_BACKLOG,
     )
     if workers == 1:
+        _heed_signals()
         server = uvicorn.Server(config)
         server.run(sockets=[listeners[0]])
         return server.started
@@ -88,4 +90,17 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
         figures = Path(folder) / "figures"
         figures.mkdir()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(figures)
-        return Supervisor(config, [listeners[number % len(listeners)] for number in range(workers)]).run()
+        seats = [listeners[number % len(listeners)] for number in range(workers)]
+        return Supervisor(config, seats, _count_stop_seconds(settings)).run()
+
+
+def _heed_signals() -> None:
+    """Have the one process that serves end in good order on SIGHUP too, and heed no signal that has no meaning here."""
+    signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    for number in NOT_HEEDED:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _count_stop_seconds(settings: Settings) -> float:
+    """Return how long a stop may take: requests under way, and what is accepted behind a database that hangs."""
+    return settings.shutdown_timeout_seconds + 3 * settings.commit_timeout_seconds
