@@ -407,6 +407,20 @@ def test_a_file_that_excel_saved_is_loaded(sqlite_url: str, tmp_path: Path, enco
     assert show(sqlite_url, rows[1][1]).deployment_id == "campaign"
 
 
+def test_a_file_that_is_no_text_is_refused_with_the_reason(sqlite_url: str, tmp_path: Path) -> None:
+    """A workbook is not called a CSV without a header. Of text in another encoding, ids are read, as they are ASCII."""
+    run(sqlite_url, "deployment", "create", "campaign")
+    file = tmp_path / "ids.xlsx"
+    file.write_bytes(b"PK\x03\x04\x14\x00\x06\x00")
+    told = fail(sqlite_url, "deployment", "load", "campaign", str(file))
+    assert told.splitlines()[-1].endswith("The file is a ZIP archive, as Excel's .xlsx files are; save it as CSV.")
+    file = tmp_path / "ids.csv"
+    file.write_bytes("name,transaction-id\nMüller,a\nMeier,ä\n".encode("latin-1"))
+    done = invoke(sqlite_url, "deployment", "load", "campaign", str(file))
+    assert (done.returncode, done.stdout) == (1, "1 transactions are registered with campaign.\n")
+    assert done.stderr.startswith("line 3: ")
+
+
 def test_ids_load_from_standard_input(sqlite_url: str) -> None:
     """`-` reads standard input, whichever of the two forms it has."""
     run(sqlite_url, "deployment", "create", "campaign")

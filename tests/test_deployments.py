@@ -1,12 +1,15 @@
 """Files of transaction ids: read line by line as a whole reader would, and in bounded memory whatever they hold."""
 
+import codecs
 import csv
+import gzip
 import io
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voicetx.campaigns.id_files import FileFormat, IdLine, Loading, read_lines
+from voicetx.campaigns.id_files import FileFormat, IdFileError, IdLine, Loading, guess_encoding, read_lines
 
 UNCLOSED = "not CSV: a quote on this line is not closed"
 SWALLOWS = "not CSV: a quote on this line is closed on a later one, after lines with ids of their own"
@@ -60,6 +63,32 @@ def test_rows_with_fewer_cells_than_the_header_are_not_swallowed() -> None:
     lines = ["transaction-id,size\n", "a\n", 'b,"5 inch\n', "c\n", 'd,5 inch"\n']
     ids = [(row.number, row.transaction_id) for row in read_lines(lines, FileFormat.CSV)]
     assert ids == [(2, "a"), (3, None), (4, "c"), (5, "d")]
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        ("transaction-id\n".encode("utf-16-le"), "is UTF-16 without a byte order mark; save it as UTF-8"),
+        ("transaction-id\n".encode("utf-16-be"), "is UTF-16 without a byte order mark; save it as UTF-8"),
+        ("transaction-id\n".encode("utf-32"), "is UTF-32; save it as UTF-8"),
+        (codecs.BOM_UTF32_BE + "t".encode("utf-32-be"), "is UTF-32; save it as UTF-8"),
+        ("transaction-id\n".encode("utf-32-le"), "is UTF-32; save it as UTF-8"),
+        (gzip.compress(b"transaction-id\n"), "is compressed with gzip; unpack it first"),
+        (b"PK\x03\x04\x14\x00", "is a ZIP archive, as Excel's .xlsx files are; save it as CSV"),
+    ],
+)
+def test_a_file_that_is_no_text_we_read_is_refused_with_the_reason(start: bytes, reason: str) -> None:
+    """What a file is, is told by its first bytes; ids are not sought in what cannot hold any."""
+    with pytest.raises(IdFileError) as caught:
+        guess_encoding(start)
+    assert (caught.value.reason, str(caught.value)) == (reason, f"The file {reason}.")
+
+
+@pytest.mark.parametrize("lines", [[], ["\n", "\r\n"]])
+def test_an_empty_csv_is_called_empty(lines: list[str]) -> None:
+    """It has no first line of which one could say what is wrong with it."""
+    with pytest.raises(IdFileError, match=r"^The file is empty\.$"):
+        list(read_lines(lines, FileFormat.CSV))
 
 
 @given(

@@ -520,6 +520,12 @@ def test_what_names_no_ids_is_refused(instance: Instance) -> None:
     for content in ("phone,id\n1,2\n", "", '"', "\n\n"):
         answer = load(instance, deployment_id, content, "text/csv")
         assert (answer.status_code, list(faults_of(answer))) == (499, ["transaction-id"]), content
+    for content, reason in (
+        (b"", "cannot be read: the body is empty"),
+        (b"\x1f\x8b\x08", "cannot be read: the body is compressed with gzip; unpack it first"),
+        ("a\n".encode("utf-32"), "cannot be read: the body is UTF-32; save it as UTF-8"),
+    ):
+        assert faults_of(load(instance, deployment_id, content)) == {"transaction-id": reason}
     assert load(instance, deployment_id, b"", "application/x-ndjson").json()["loaded"] == 0
     assert load(instance, "nowhere", b"{}").json()["code"] == 404
     assert load(instance, deployment_id, b"{}\n" * 100_001).json()["code"] == 413

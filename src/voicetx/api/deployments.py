@@ -51,7 +51,15 @@ from voicetx.campaigns.deployments import (
     is_there,
     list_deployments,
 )
-from voicetx.campaigns.id_files import FileFormat, IdFileReader, IdLine, Loading, guess_encoding, guess_format
+from voicetx.campaigns.id_files import (
+    FileFormat,
+    IdFileError,
+    IdFileReader,
+    IdLine,
+    Loading,
+    guess_encoding,
+    guess_format,
+)
 from voicetx.campaigns.registration import mint_transactions, register_transactions
 from voicetx.contract.ids import ID_RULE, TransactionId, is_step
 from voicetx.contract.refusals import Fault, Refusal, Rejected
@@ -61,6 +69,7 @@ from voicetx.storage.store import ValueRefused
 
 router = APIRouter(tags=["Deployments"])
 
+_LONGEST_MARK = 4  # bytes, by which an encoding is known
 _LINES_AT_ONCE = 1_000  # in a database transaction: updates wait for no more
 _MOST_FAULTS = 100
 _NDJSON_TYPES = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "application/json"})
@@ -263,13 +272,13 @@ async def _load(call: Call, deployment_id: str) -> tuple[Loading, list[IdLine]]:
             continue
         text = raw.text.decode("utf-8-sig" if reader is None else "utf-8", errors="replace")
         reader = reader or IdFileReader(_choose_format(call, text))
-        with _refusing_no_header():
+        with _refusing_unreadable():
             loading.add(reader.read(raw.number, text + "\n"))
         if loading.pending >= _LINES_AT_ONCE:
             faults += await _register(call, deployment_id, loading)
             del faults[_MOST_FAULTS:]
     reader = reader or IdFileReader(_choose_format(call, ""))
-    with _refusing_no_header():
+    with _refusing_unreadable():
         loading.add(reader.end())
     faults += await _register(call, deployment_id, loading)
     return loading, faults[:_MOST_FAULTS]
@@ -280,9 +289,10 @@ async def _read_as_utf8(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     start = b""
     async for chunk in chunks:
         start += chunk
-        if len(start) > 1:
+        if len(start) >= _LONGEST_MARK:
             break
-    encoding = guess_encoding(start)
+    with _refusing_unreadable():
+        encoding = guess_encoding(start)
     if encoding != "utf-16":
         yield start
         async for chunk in chunks:
@@ -296,12 +306,13 @@ async def _read_as_utf8(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 @contextmanager
-def _refusing_no_header() -> Iterator[None]:
+def _refusing_unreadable() -> Iterator[None]:
     try:
         yield
-    except DeploymentError:
-        reason = "must be named by the first line, the header of the CSV, with commas, semicolons or tabs between names"
-        raise Rejected(Refusal.BAD_VALUE, [Fault("transaction-id", reason)]) from None
+    except IdFileError as error:
+        raise Rejected(
+            Refusal.BAD_VALUE, [Fault("transaction-id", f"cannot be read: the body {error.reason}")]
+        ) from None
 
 
 async def _register(call: Call, deployment_id: str, loading: Loading) -> list[IdLine]:

@@ -20,13 +20,25 @@ from voicetx.campaigns.deployments import DeploymentError
 from voicetx.contract.ids import ID_RULE, is_id
 
 _FIELD = "transaction-id"
-_NO_HEADER = (
-    f"The file's first line must be a header that names {_FIELD}, with commas, semicolons or tabs between names."
-)
+_NO_HEADER = f"must have a first line, the header that names {_FIELD}, with commas, semicolons or tabs between names"
 _DELIMITERS: tuple[str, ...] = (",", ";", "\t")
 _SAYS_DELIMITER = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)
 _MOST_LINES_OF_A_ROW = 100  # for each of which the row may be parsed once more
 _LONGEST_ROW = 131_072  # characters, as Python's csv has it for a field
+
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_GZIP = b"\x1f\x8b"
+_ZIP = b"PK\x03\x04"
+
+
+class IdFileError(DeploymentError):
+    """A file of ids cannot be read at all, for a `reason` that can follow the words "the file"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The file {reason}.")
+        self.reason = reason
 
 
 class FileFormat(StrEnum):
@@ -51,14 +63,27 @@ def guess_format(first_line: str) -> FileFormat:
 
 
 def guess_encoding(start: bytes) -> str:
-    """Return how a file's text is encoded, by its first two bytes: UTF-16 where its mark says so, else UTF-8."""
-    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    """Return how a file's text is encoded, by its first four bytes: UTF-16 where its mark says so, else UTF-8.
+
+    Raises `IdFileError` for what is neither: UTF-16 without a mark, UTF-32, gzip and ZIP.
+    """
+    if start.startswith(_GZIP):
+        raise IdFileError("is compressed with gzip; unpack it first")
+    if start.startswith(_ZIP):
+        raise IdFileError("is a ZIP archive, as Excel's .xlsx files are; save it as CSV")
+    if start.startswith(_UTF_32) or start[:4].count(0) == 3:  # noqa: PLR2004 - of the four bytes of an ASCII character
+        raise IdFileError("is UTF-32; save it as UTF-8")
+    if start.startswith(_UTF_16):
+        return "utf-16"
+    if b"\0" in start[:4]:
+        raise IdFileError("is UTF-16 without a byte order mark; save it as UTF-8")
+    return "utf-8-sig"
 
 
 def read_lines(lines: Iterable[str], file_format: FileFormat) -> Iterator[IdLine]:
     """Read the transaction ids of a file, line by line; numbers count from 1, a CSV's header among them.
 
-    Raises `DeploymentError` for a CSV whose header does not name `transaction-id`.
+    Raises `IdFileError` for a CSV that is empty or whose header does not name `transaction-id`.
     """
     reader = IdFileReader(file_format)
     for number, text in enumerate(lines, start=1):
@@ -91,14 +116,16 @@ class IdFileReader:
         self._widths: set[int] = set()  # how many cells the header and the rows with an id have
         self._row: list[_RawLine] = []  # lines of a row that has not ended
         self._row_length = 0
+        self._has_text = False
 
     def read(self, number: int, text: str) -> list[IdLine]:
         """Return what was read with a line, its line break included: nothing where it is blank, or its row goes on.
 
-        Raises `DeploymentError` for a CSV's header that does not name `transaction-id`.
+        Raises `IdFileError` for a CSV's header that does not name `transaction-id`.
         """
         if self._format is FileFormat.NDJSON:
             return [_read_json_line(number, text)] if text.strip() else []
+        self._has_text = self._has_text or not text.isspace()
         return self._read_texts([_RawLine(number, text, text.count('"'))])
 
     def end(self) -> list[IdLine]:
@@ -109,7 +136,7 @@ class IdFileReader:
             found += [] if line is None else [line]
             found += self._read_texts(again)
         if self._format is FileFormat.CSV and self._place is None:
-            raise DeploymentError(_NO_HEADER)
+            raise IdFileError(_NO_HEADER if self._has_text else "is empty")
         return found
 
     def _read_texts(self, texts: Iterable[_RawLine]) -> list[IdLine]:
@@ -157,7 +184,7 @@ class IdFileReader:
         if goes_on and may_go_on:
             raise _RowGoesOnError
         if self._place is None:
-            raise DeploymentError(f"The file's first line is {fault}." if fault else _NO_HEADER)
+            raise IdFileError(f"has a first line that is {fault}" if fault else _NO_HEADER)
         return self._refuse_quotes() if goes_on or len(texts) > 1 else self._refuse(fault)
 
     def _read_header(self, cells: Sequence[str], delimiter: str) -> bool:
@@ -202,7 +229,7 @@ class IdFileReader:
 
     def _refuse(self, fault: str) -> tuple[IdLine, list[_RawLine]]:
         if self._place is None:
-            raise DeploymentError(f"The file's first line is {fault}.")
+            raise IdFileError(f"has a first line that is {fault}")
         number = self._row[0].number
         return IdLine(number, None, fault), self._drop_row(1)
 
