@@ -1,22 +1,29 @@
 """What the platform does before a dialer rings: makes API users, deployments and transactions, and looks at them."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, update
 
+from bodies import encode
 from voicetx.access import users
 from voicetx.access.users import ApiUser, Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
+from voicetx.contract.update import parse
 from voicetx.reading.reports import TransactionReport, report_transaction
 from voicetx.storage.schema import voice_transaction
+from voicetx.recording.batch import Received
 from voicetx.storage.store import Store
 
 T = TypeVar("T")
 
 HIGH_LIMIT = "1000000/second"
+USER = uuid4()
+"""Whose updates those are of which a test does not say it."""
 
 
 def run_on(database_url: str, work: Callable[[Connection], T]) -> T:
@@ -59,6 +66,12 @@ def show(database_url: str, transaction_id: str) -> TransactionReport:
     report = run_on(database_url, lambda connection: report_transaction(connection, transaction_id))
     assert report is not None
     return report
+
+
+def receive(*bodies: dict[str, Any], user: UUID = USER, at_ms: int | None = None) -> list[Received]:
+    """Return updates as they come in, now or at an instant."""
+    received_at_ms = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+    return [Received(parse(encode(body)), user, received_at_ms) for body in bodies]
 
 
 def date_back(connection: Connection, ids: Iterable[str], at_ms: int) -> None:

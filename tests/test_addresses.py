@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from commands import fail, run
 from platform_side import make_user
 from servers import PostgreSQL, Valkey, clean_environment
-from test_cli import fail, run
 from voicetx.access.redis_counts import check_redis
 from voicetx.addresses import FileAddress, ServerAddress, read_database_url, read_redis_url
 from voicetx.settings import Settings

@@ -10,72 +10,22 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import Histogram
 
+from applications import connect, count_requests_to, running_app, served_app
 from bodies import encode, make_body
 from voicetx import metrics
-from voicetx.access import users
 from voicetx.access.authenticator import Authenticator
-from voicetx.access.users import Grant
 from voicetx.api.bulk import BULK_PATH
 from voicetx.api.receipts import RECEIPTS_PATH
 from voicetx.api.tokens import TOKEN_PATH
-from voicetx.campaigns.deployments import create_deployment
-from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import UPDATE_PATH
-from voicetx.server.app import create_app
 from voicetx.server.protocol import ContractProtocol
-from voicetx.services import Services
-from voicetx.settings import Settings
 
 pytestmark = pytest.mark.anyio
-
-IDS = [f"tx-{number}" for number in range(10)]
-
-
-@asynccontextmanager
-async def running_app(database_url: str, **values: Any) -> AsyncIterator[tuple[FastAPI, Services, str]]:
-    """Run an application and return it with its services and a secret key."""
-    app = create_app(Settings(_env_file=None, database_url=database_url, **values))
-    async with app.router.lifespan_context(app):
-        services: Services = app.state.services
-
-        def prepare(connection: Any) -> str:
-            create_deployment(connection, "campaign", None)
-            register_transactions(connection, "campaign", IDS)
-            return users.add_user(connection, "dialer", [Grant.TRANSACTIONS_UPDATE])[1]
-
-        yield app, services, await services.store.write(prepare)
-
-
-@asynccontextmanager
-async def served_app(database_url: str, **values: Any) -> AsyncIterator[tuple[FastAPI, str, str]]:
-    """Serve an application on a port and return it with its address and a secret key."""
-    async with running_app(database_url, **values) as (app, _, key):
-        config = uvicorn.Config(
-            app,
-            port=0,
-            http=ContractProtocol,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=app.state.services.settings.keep_alive_seconds,
-        )
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0)
-        app.state.connections = server.server_state.connections
-        try:
-            yield app, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", key
-        finally:
-            server.should_exit = True
-            await task
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +33,6 @@ async def served(module_database_url: str, anyio_backend: str) -> AsyncIterator[
     """Serve an application for the tests that need no settings of their own; return its address and a secret key."""
     async with served_app(module_database_url) as served:
         yield served
-
-
-def count_requests_to(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that grows with each request to the update path that gets to the application."""
-    paths: list[str] = []
-    original = FastAPI.__call__
-
-    async def note(self: FastAPI, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] == UPDATE_PATH:
-            paths.append(scope["path"])
-        await original(self, scope, receive, send)
-
-    monkeypatch.setattr(FastAPI, "__call__", note)
-    return paths
-
-
-def connect(app: Any) -> httpx.AsyncClient:
-    """Return a client of an ASGI application."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://voicetx")
 
 
 REQUESTS = [

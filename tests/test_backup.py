@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from bodies import encode, make_body
+from commands import fail, invoke, run
 from dialer import read_history
 from platform_side import make_user, register, run_on, show
 from servers import Service, run_command, wait_until
-from test_cli import fail, invoke, run
 from voicetx.contract.update import UPDATE_PATH, parse
 from voicetx.storage import backup
 from voicetx.storage.backup import BackupRefused, Content, back_up

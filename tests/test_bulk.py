@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bodies import GONE, encode, make_body
+from applications import connect, running_app
+from bodies import BAD_VALUES, GONE, NOT_JSON, encode, make_body
 from platform_side import make_user, register, show
 from servers import Service
-from test_app import connect, running_app
-from test_contract import BAD_VALUES, NOT_JSON
 from voicetx.access.users import Grant
 from voicetx.api.bodies import LineSplitter
 from voicetx.api.bulk import BULK_PATH

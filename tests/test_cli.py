@@ -14,7 +14,7 @@ import threading
 import time
 import tomllib
 from collections import Counter
-from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
@@ -25,10 +25,10 @@ import pytest
 from sqlalchemy import Connection, update
 
 from bodies import encode, make_body
+from commands import fail, invoke, run
 from platform_side import date_back, make_user, register, run_on, show
 from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, run_command, wait_until
 from voicetx.campaigns.deployments import list_deployments
-from voicetx.cli import main
 from voicetx.contract.update import parse
 from voicetx.counting import activity, tallies
 from voicetx.counting.tallies import Measure
@@ -36,47 +36,6 @@ from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.settings import Settings
 from voicetx.storage.schema import voice_transaction
-
-
-def invoke(database_url: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command in this process, which is faster by seconds, and return what it printed and its exit status."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    patched = [
-        mock.patch.dict(os.environ, {"VOICETX_DATABASE_URL": database_url}),
-        mock.patch.object(sys, "argv", ["voicetx", *arguments]),
-        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text.encode())))),
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ]
-    status: object = 0
-    with ExitStack() as stack:
-        for patch in patched:
-            stack.enter_context(patch)
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-    printed = []
-    for stream in (out, err):
-        stream.seek(0)
-        printed.append(stream.read())
-    return subprocess.CompletedProcess(arguments, status if isinstance(status, int) else 0, *printed)
-
-
-def run(database_url: str, *arguments: str, text: str = "") -> str:
-    """Run a command that must succeed and return what it printed."""
-    done = invoke(database_url, *arguments, text=text)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def fail(database_url: str, *arguments: str) -> str:
-    """Run a command that must fail and return its complaint, which is never a traceback."""
-    done = invoke(database_url, *arguments)
-    assert done.returncode != 0, done.stdout
-    assert "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.strip()
-    return done.stderr
 
 
 def test_config_tells_what_is_in_force_and_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

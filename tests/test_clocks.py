@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Connection
 
+from applications import served_app
 from bodies import TROMBONE, encode, make_body
-from test_app import served_app
 from voicetx.access import users
 from voicetx.access.users import Grant
 from voicetx.campaigns.deployments import create_deployment

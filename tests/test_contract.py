@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bodies import GONE, TROMBONE, encode, make_body
+from bodies import BAD_VALUES, GONE, GOOD_VALUES, NOT_JSON, TROMBONE, encode, make_body
 from voicetx.contract.fields import WIRE_NAMES
 from voicetx.contract.refusals import Fault, Refusal, Rejected
 from voicetx.contract.update import parse, restore
@@ -51,83 +51,11 @@ def test_users_example_is_accepted() -> None:
     } == example
 
 
-GOOD_VALUES = [
-    ("transaction-id", "!~"),
-    ("transaction-id", "x" * 128),
-    ("call-starttime", "2024-02-29 00:00:00.000"),
-    ("call-endtime", "2026-03-01 09:00:00.000"),
-    *(("call-source", value) for value in "12"),
-    *(("call-state", value) for value in "123456"),
-    *(("drop-code", str(value)) for value in [2005, *range(1001, 1008), *range(2000, 2005), 2006, 2020]),
-    ("dtmf-digits", "0123456789*#ABCD"),
-    ("dtmf-digits", "1" * 64),
-    ("voice-tag", "é" * 128),
-    ("drop-reason", "x" * 1024),
-    ("message", "line one\nline two"),
-    ("message", "😀" * 1024),
-    ("voice-recorded", "Yes"),
-    ("voice-recorded", "No"),
-    ("times-attempted", "0"),
-    ("times-attempted", "999"),
-    ("a-party", "sip:someone@example.com"),
-    ("b-party", "+" + "1" * 63),
-]
-
-
 @pytest.mark.parametrize(("field", "value"), GOOD_VALUES)
 def test_good_values_are_accepted(field: str, value: str) -> None:
     """A value at the edge of its field's rule is accepted and kept as it is."""
     update = parse(encode(make_body() | {field: value}))
     assert ({"transaction_id": update.transaction_id} | dict(update.fields))[field.replace("-", "_")] == value
-
-
-BAD_VALUES = [
-    ("transaction-id", "two words"),
-    ("transaction-id", "x" * 129),
-    ("transaction-id", "é"),
-    ("call-starttime", "2026-02-30 09:00:00.000"),
-    ("call-starttime", "2026-13-01 09:00:00.000"),
-    ("call-starttime", "2025-02-29 09:00:00.000"),
-    ("call-starttime", "0000-01-01 09:00:00.000"),
-    ("call-starttime", "2026-03-01 24:00:00.000"),
-    ("call-starttime", "2026-03-01 09:60:00.000"),
-    ("call-starttime", "2026-03-01 08:59:60.000"),
-    ("call-starttime", "2026-03-01T09:00:00.000"),
-    ("call-starttime", "2026-03-01 09:00:00.00"),
-    ("call-starttime", "2026-03-01 09:00:00.0000"),
-    ("call-starttime", "2026-03-01 09:00:00"),
-    ("call-starttime", "2026-3-1 09:00:00.000"),
-    ("call-starttime", "٢٠٢٦-03-01 09:00:00.000"),
-    ("call-endtime", "2026-03-01 08:59:59.999"),
-    ("call-source", "0"),
-    ("call-source", "4"),
-    ("call-source", "2.0"),
-    ("call-state", "0"),
-    ("call-state", "7"),
-    ("drop-code", "2999"),
-    ("drop-code", "200"),
-    ("dtmf-digits", "12a"),
-    ("dtmf-digits", "E"),
-    ("dtmf-digits", "1" * 65),
-    ("voice-tag", "x" * 129),
-    ("drop-reason", "x" * 1025),
-    ("message", "x" * 1025),
-    ("message", "a\0b"),
-    ("voice-recorded", "yes"),
-    ("voice-recorded", "true"),
-    ("times-attempted", "1000"),
-    ("times-attempted", "-1"),
-    ("times-attempted", "1.0"),
-    ("times-attempted", "\u0661"),
-    ("a-party", "1" * 65),
-    ("b-party", "1" * 65),
-    ("unknown", "a\0b"),
-    ("unknown", {"deep": [{"er": "a\0b"}]}),
-    ("unknown", {"na\0me": 1}),
-    ("na\0me", "x"),
-    ("na\0me", None),
-    ("na\0me", "  "),
-]
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_VALUES)
@@ -197,36 +125,6 @@ def test_faults_come_in_body_order() -> None:
     """The fields at fault are named in the order in which the body gives them, each once."""
     body = {"b-party": "1" * 65, "zzz": "\0", "message": "\0" * 2000} | make_body(call_state="9", drop_code="1")
     assert refuse(encode(body)) == (499, ["b-party", "zzz", "message", "call-state", "drop-code"])
-
-
-NOT_JSON = [
-    b"",
-    b" ",
-    b"{",
-    b"null",
-    b"[]",
-    b'"text"',
-    b"12",
-    b"{} x",
-    b"{'a': 1}",
-    b'{"a": NaN}',
-    b'{"a": Infinity}',
-    b'{"a": -Infinity}',
-    b'{"a": 01}',
-    b'{"a": 1,}',
-    b'{"a": "\xff"}',
-    b'{"a": "\xed\xa0\x80"}',
-    b'{"a": "\\ud800"}',
-    b'{"a": "\\udc00\\ud800"}',
-    b'{"\\ud800": 1}',
-    b'{"a": "\x01"}',
-    b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}',
-    b'{"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}",
-    b"// comment\n{}",
-    encode(make_body()).replace(b"{", b"{'", 1),
-    encode(make_body())[:-1],
-    encode(make_body()).decode().encode("utf-16"),
-]
 
 
 @pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:24]))

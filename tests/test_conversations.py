@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from applications import count_requests_to, served_app
 from bodies import encode, make_body
+from connections import HEALTH, HEALTHY, connection, find_protocol, hang_up, put, read_answer
 from platform_side import make_user, register
 from servers import Service
-from test_app import count_requests_to, served_app
-from test_http_protocol import HEALTH, HEALTHY, connection, find_protocol, hang_up, put, read_answer
 from voicetx.access import users
 from voicetx.contract.update import UPDATE_PATH
 

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from applications import connect, running_app
 from bodies import encode, make_body, updates_of
 from campaign import DEPLOYMENT, STORY, make_campaign
 from platform_side import make_user, register, run_on
 from servers import Service
-from test_app import connect, running_app
 from voicetx.access import users
 from voicetx.access.users import Grant
 from voicetx.campaigns.deployments import create_deployment

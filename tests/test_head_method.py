@@ -5,9 +5,8 @@ import asyncio
 import httpx
 import pytest
 
-from test_app import running_app, served_app
-from test_http_protocol import connection, read_until_closed
-from test_security import walk
+from applications import running_app, served_app, walk
+from connections import connection, read_until_closed
 from voicetx.access import users
 from voicetx.access.users import Grant
 from voicetx.contract.update import UPDATE_PATH

@@ -1,16 +1,13 @@
 """What comes over a connection before it is a request: nonsense, crowds, the slow; each is answered or ended."""
 
 import asyncio
-import json
 import re
 import shutil
 import socket
-import struct
 from base64 import b64encode
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
@@ -18,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+from applications import count_requests_to, served_app
 from bodies import encode, make_body
-from test_app import count_requests_to, served_app
+from connections import HEALTH, HEALTHY, connection, find_protocol, hang_up, put, read_answer, read_until_closed
 from voicetx import metrics
 from voicetx.access import users
 from voicetx.api.tokens import TOKEN_PATH
@@ -32,8 +30,6 @@ pytestmark = pytest.mark.anyio
 MALFORMED = {"code": 400, "description": "Malformed HTTP request"}
 HEAD_TOO_LARGE = {"code": 431, "description": "Request head too large"}
 NOT_SUPPORTED = {"code": 405, "description": "Method not supported"}
-HEALTHY = {"status": "ok"}
-HEALTH = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +43,6 @@ async def served(
         yield served
 
 
-@asynccontextmanager
-async def connection(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Connect to an address."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
-    try:
-        yield reader, writer
-    finally:
-        writer.transport.abort()
-
-
-async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any]:
-    """Read one answer and return its status, headers and JSON."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    headers = {name.lower(): value for name, value in re.findall(r"^([\w-]+): (.*)\r$", head, re.MULTILINE)}
-    content = json.loads(await reader.readexactly(int(headers["content-length"])))
-    assert headers.get("x-voicetx-code", "") == str(content.get("code", ""))
-    return int(head.split()[1]), headers, content
-
-
 async def read_to_the_end(reader: asyncio.StreamReader) -> list[Any]:
     """Read answers until the connection is closed, and return their JSON."""
     answers = []
@@ -75,12 +52,6 @@ async def read_to_the_end(reader: asyncio.StreamReader) -> list[Any]:
         except asyncio.IncompleteReadError as error:
             assert error.partial == b""  # noqa: PT017 - nothing is cut off
     return answers
-
-
-def put(key: str, body: bytes, *headers: str, framing: str | None = None) -> bytes:
-    """Return an update as it goes over the wire."""
-    lines = [f"PUT {UPDATE_PATH} HTTP/1.1", "host: x", f"authorization: Bearer {key}", *headers]
-    return "\r\n".join([*lines, framing or f"content-length: {len(body)}", "", ""]).encode() + body
 
 
 NO_HTTP = [
@@ -287,17 +258,6 @@ async def test_a_head_that_does_not_come_is_not_waited_for(
         assert (await answers).count(b"HTTP/1.1") == sent.count(HEALTH)
 
 
-async def read_until_closed(reader: asyncio.StreamReader) -> bytes:
-    """Read to the end, by whatever it comes."""
-    received = b""
-    try:
-        while data := await reader.read(65_536):
-            received += data
-    except ConnectionResetError:
-        pass
-    return received
-
-
 async def test_a_client_that_takes_no_answers_is_hung_up_on(
     served: tuple[Any, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,16 +359,6 @@ def left_seconds(protocol: ContractProtocol) -> float:
     return protocol.timeout_keep_alive_task.when() - protocol.loop.time()
 
 
-async def find_protocol(app: Any, writer: asyncio.StreamWriter) -> ContractProtocol:
-    """Return the service's end of a connection."""
-    address = writer.get_extra_info("sockname")
-    while True:
-        for protocol in app.state.connections:
-            if protocol.client == address:
-                return cast("ContractProtocol", protocol)
-        await asyncio.sleep(0)
-
-
 async def test_a_head_has_its_time_from_its_start(served: tuple[Any, str, str]) -> None:
     """Who begins a head at the moment when idle connections are looked at has all the time for the rest of it."""
     app, address, _ = served
@@ -485,12 +435,6 @@ def test_who_sends_nothing_more_is_answered_by_the_served_program(offered: tuple
     """The program that is served, with its own event loop, answers half-closed clients too."""
     address, stream = offered
     assert asyncio.run(ask_and_end(address, stream)) == [200] * 4
-
-
-def hang_up(writer: asyncio.StreamWriter) -> None:
-    """End a connection as a client that is killed does: what was sent arrives, and then word that nobody is there."""
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
 
 
 async def test_what_came_whole_is_recorded_though_nobody_waits(

@@ -13,14 +13,13 @@ from voicetx.contract.update import Update, parse
 
 
 def merge_in_order(updates: Sequence[Update]) -> Transaction:
-    """Merge as the service does: one update after the other, repeats dropped, folding afresh where it must."""
+    """Merge as the service does: one update after the other, repeats dropped."""
     transaction = Transaction("tx-1")
-    history: list[Update] = []
+    known = set()
     for update in updates:
-        if update.digest in {known.digest for known in history}:
-            continue
-        history.append(update)
-        transaction = apply(transaction, update) or fold("tx-1", history)
+        if update.digest not in known:
+            known.add(update.digest)
+            transaction = apply(transaction, update)
     return transaction
 
 

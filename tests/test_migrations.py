@@ -18,8 +18,8 @@ from sqlalchemy import Connection, LargeBinary, Uuid, insert, inspect, select, t
 
 from bodies import encode, make_body, updates_of
 from conftest import EVERY_DATABASE, make_database
+from plain_counts import count_plainly, read_tallies
 from servers import PostgreSQL, run_command
-from test_tallies import count_plainly, read_tallies
 from voicetx.access.authenticator import Authenticator
 from voicetx.access.throttle import Throttle
 from voicetx.api import operations

@@ -12,9 +12,8 @@ from sqlalchemy import Connection
 
 from bodies import make_body
 from dialer import Dialer, Evidence, prepare_campaign
-from platform_side import register, run_on
+from platform_side import receive, register, run_on
 from servers import PgBouncer, PostgreSQL, Service, run_command
-from test_recording import receive
 from voicetx.recording.recorder import Committed, Outcome, commit_batch
 from voicetx.storage.store import Store, ValueRefused
 

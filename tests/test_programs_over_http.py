@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from sqlalchemy import select
 
+from applications import IDS, connect, running_app, served_app
 from bodies import encode, make_body
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
-from test_app import IDS, connect, running_app, served_app
 from voicetx.access import users
 from voicetx.access.users import Grant
 from voicetx.api.endpoints import answer_json

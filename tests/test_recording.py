@@ -17,6 +17,7 @@ from sqlalchemy import func, select, text
 
 from bodies import encode, make_body, updates_of
 from conftest import EVERY_DATABASE, make_database
+from platform_side import USER, receive
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.merge import Transaction, fold
@@ -36,9 +37,6 @@ pytestmark = pytest.mark.anyio
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the address of a fresh, migrated database, of each kind and version in turn."""
     return make_database(request.param, request, tmp_path)
-
-
-USER = uuid4()
 
 
 @pytest.fixture
@@ -66,11 +64,6 @@ async def other_store(database_url: str, store: Store) -> AsyncIterator[Store]:
 def make_settings(database_url: str = "sqlite:///unused.db", **values: Any) -> Settings:
     """Return settings that come from nowhere but here."""
     return Settings(_env_file=None, database_url=database_url, **values)
-
-
-def receive(*bodies: dict[str, Any]) -> list[Received]:
-    """Return updates as they come in."""
-    return [Received(parse(encode(body)), USER, time.time_ns() // 1_000_000) for body in bodies]
 
 
 async def record(store: Store, *bodies: dict[str, Any], registers_unknown: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, select
 
 from bodies import encode, updates_of
-from test_tallies import seconds
+from plain_counts import seconds
 from voicetx.access import users
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions

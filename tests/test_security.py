@@ -1,19 +1,17 @@
 """What an attacker meets, with a credential and without one (docs/security.md)."""
 
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from starlette.routing import Mount
 
+from applications import connect, running_app, walk
 from bodies import encode, make_body
+from commands import invoke
 from platform_side import make_user, register, run_on
 from servers import Service, wait_until
-from test_app import connect, running_app
-from test_cli import invoke
 from voicetx.access import users
 from voicetx.access.users import Grant
 from voicetx.api.bulk import BULK_PATH
@@ -42,17 +40,6 @@ OPEN = {
 
 OWN_CREDENTIALS = {TOKEN_PATH, "/dashboard/sign-in"}
 """Where a credential is traded for another; a session that may see nothing may still be ended."""
-
-
-def walk(routes: Iterable[Any]) -> Iterator[tuple[str, set[str]]]:
-    """Yield path and methods of every route, those of included routers too."""
-    for route in routes:
-        if hasattr(route, "original_router"):
-            yield from walk(route.original_router.routes)
-        elif isinstance(route, Mount):
-            yield route.path, {"GET"}
-        else:
-            yield re.sub(r"\{\w+\}", "x", route.path), set(route.methods)
 
 
 @pytest.mark.anyio

@@ -11,9 +11,9 @@ from uuid import uuid4
 import pytest
 
 from bodies import encode, make_body
+from commands import invoke
 from platform_side import make_user, register, run_on
 from servers import Service, find_free_port
-from test_cli import invoke
 from voicetx.campaigns.deployments import find_deployment
 
 

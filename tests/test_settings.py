@@ -12,7 +12,7 @@ import pytest
 from annotated_types import Ge, Le, MaxLen, MinLen
 from pydantic import AfterValidator, ValidationError
 
-from test_cli import invoke
+from commands import invoke
 from voicetx.settings import Settings
 
 ROOT = Path(__file__).parents[1]

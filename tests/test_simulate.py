@@ -24,10 +24,10 @@ import pytest
 from sqlalchemy import Connection, delete, func, select
 
 from bodies import encode, make_body
+from commands import invoke
 from dialer import read_history
 from platform_side import make_user, register, run_on
 from servers import Service, clean_environment, find_family, find_free_port, has_ended, wait_until
-from test_cli import invoke
 from voicetx.access.users import Grant
 from voicetx.campaigns.deployments import Deployment, create_deployment, list_deployments
 from voicetx.campaigns.registration import register_transactions

@@ -2,9 +2,7 @@
 
 import asyncio
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, select
 
 from bodies import encode, make_body, updates_of
+from plain_counts import count_plainly, read_tallies
 from platform_side import is_anybody_waiting
 from servers import PostgreSQL
 from voicetx import duties, metrics, services
@@ -21,15 +20,14 @@ from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.erase import erase_number
 from voicetx.campaigns.purge import purge_transactions
 from voicetx.campaigns.registration import register_transactions
-from voicetx.contract.codes import is_final
 from voicetx.contract.update import parse
 from voicetx.counting import tallies
 from voicetx.counting.folding import Folder
-from voicetx.counting.tallies import Counts, Measure, Sent
+from voicetx.counting.tallies import Measure, Sent
 from voicetx.recording import recorder
 from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
-from voicetx.storage.schema import deployment, tally_change, voice_transaction, voice_update
+from voicetx.storage.schema import deployment, tally_change
 from voicetx.storage.store import Store, StoreUnavailable, ValueRefused
 
 pytestmark = pytest.mark.anyio
@@ -37,54 +35,6 @@ pytestmark = pytest.mark.anyio
 USERS = [uuid4(), uuid4()]
 IDS = [f"tx-{number}" for number in range(6)]
 NUMBER = "123456"
-
-
-def count_plainly(connection: Connection) -> dict[str, Counts]:
-    """Count every transaction and update, one by one, by the definitions of docs/reports.md."""
-    found: dict[str, Counts] = {}
-    deployments: dict[str, str] = {}
-    for row in connection.execute(select(voice_transaction)).mappings():
-        deployments[row["transaction_id"]] = row["deployment_id"]
-        counts = found.setdefault(row["deployment_id"], Counter())
-        counts[Measure.REGISTERED, ""] += 1
-        if row["attempt"] is None:
-            assert not row["finished"]
-            continue
-        assert row["finished"] == is_final(row["call_state"], row["drop_code"])
-        counts[Measure.OUTCOME, f"{row['call_state']}.{row['drop_code']}"] += 1
-        counts[Measure.ATTEMPTS, str(row["attempt"])] += 1
-        if row["call_state"] in {"5", "6"}:
-            counts[Measure.TALK, seconds(row["call_starttime"], row["call_endtime"])] += 1
-        if row["call_source"] == "3":
-            counts[Measure.TRANSFER, seconds(row["trombone_starttime"], row["trombone_endtime"])] += 1
-        if row["dtmf_digits"]:
-            counts[Measure.PRESSED, ""] += 1
-            for key in row["dtmf_digits"].replace("x", ""):
-                counts[Measure.KEY, key] += 1
-    for row in connection.execute(select(voice_update)).mappings():
-        counts = found[deployments[row["transaction_id"]]]
-        counts[Measure.SENDER, row["api_key_id"].hex] += 1
-        counts[Measure.MINUTE, str(row["received_at_ms"] // 60_000)] += 1
-    return found
-
-
-def seconds(start: str, end: str) -> str:
-    """Return the whole seconds between two moments of the wire, at most a day."""
-    return str(int(min(86_400, (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds())))
-
-
-def read_tallies(connection: Connection) -> dict[str, Counts]:
-    """Return the tallies of every deployment that has any."""
-    ids = connection.execute(select(deployment.c.deployment_id)).scalars().all()
-    totals = tallies.read_registered(connection)
-    found = {}
-    for deployment_id in ids:
-        counts = tallies.read(connection, deployment_id)
-        reported = sum(number for (measure, _), number in counts.items() if measure is Measure.OUTCOME)
-        assert totals.get(deployment_id, (0, 0)) == (counts[Measure.REGISTERED, ""], reported)
-        if +counts:
-            found[deployment_id] = counts
-    return found
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from bodies import encode, make_body
+from commands import run
+from phone_numbers import bodies_about, digits_of, numbers
 from platform_side import make_user, register, run_on
 from servers import Service
-from test_cli import run
-from test_privacy import bodies_about, digits_of, numbers
 from voicetx.access.users import Grant
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.contract.update import UPDATE_PATH, parse

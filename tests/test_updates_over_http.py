@@ -16,11 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bodies import GONE, TROMBONE, encode, make_body, updates_of
+from bodies import BAD_VALUES, GONE, GOOD_VALUES, NOT_JSON, TROMBONE, encode, make_body, updates_of
+from commands import invoke
 from platform_side import make_user, register, run_on, show
 from servers import Service, wait_until
-from test_cli import invoke
-from test_contract import BAD_VALUES, GOOD_VALUES, NOT_JSON
 from voicetx.access import users
 from voicetx.access.users import Grant
 from voicetx.contract.fields import WIRE_NAMES
