@@ -16,10 +16,6 @@ from voicetx.storage.store import DatabaseMissing, DatabaseUnfit, Store
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0007"
-"""The newest version in `alembic/versions`; a test compares the two. Known without importing alembic, which is slow."""
-
-_KNOWN = frozenset(f"{number:04}" for number in range(1, int(HEAD) + 1))
 _ELSEWHERE = "Give voicetx a database of its own, and name it in VOICETX_DATABASE_URL"
 
 _LOCK = 0x766F696365  # "voice": two upgrades of one server database wait for each other
@@ -33,6 +29,12 @@ def find_scripts() -> Path:
     """Return the folder of the migrations: inside an installed package, or at the top of a checkout."""
     packaged = Path(__file__).parents[1] / "alembic"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "alembic"
+
+
+HEAD = max(script.name[:4] for script in (find_scripts() / "versions").glob("[0-9]*.py"))
+"""The newest version in `alembic/versions`. Known by the files' names; importing alembic takes long."""
+
+_KNOWN = frozenset(f"{number:04}" for number in range(1, int(HEAD) + 1))
 
 
 def configure(connection: Connection) -> "Config":
