@@ -14,7 +14,7 @@ from voicetx.access.users import ApiUser, Grant
 from voicetx.campaigns.deployments import create_deployment
 from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.update import parse
-from voicetx.reading.reports import TransactionReport, report_transaction
+from voicetx.reading.transactions import TransactionReport, report_transaction
 from voicetx.recording.batch import Received
 from voicetx.storage.schema import voice_transaction
 from voicetx.storage.store import Store

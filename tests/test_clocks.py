@@ -22,7 +22,8 @@ from voicetx.contract.merge import fold
 from voicetx.contract.refusals import Rejected
 from voicetx.contract.update import UPDATE_PATH, Update, parse
 from voicetx.dashboard.history import judge_history
-from voicetx.reading.reports import report_deployment, report_transaction
+from voicetx.reading.reports import report_deployment
+from voicetx.reading.transactions import report_transaction
 from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.storage.store import Store

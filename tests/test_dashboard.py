@@ -35,7 +35,8 @@ from voicetx.dashboard.history import judge_history
 from voicetx.dashboard.overview import Overview, arrange_timeline
 from voicetx.dashboard.rendering import PARTS, render_parts
 from voicetx.reading import reports
-from voicetx.reading.reports import HistoryEntry, TransactionReport, report_deployment
+from voicetx.reading.reports import report_deployment
+from voicetx.reading.transactions import HistoryEntry, TransactionReport
 
 SIGN_IN = "/dashboard/sign-in"
 COOKIE = "voicetx-session"

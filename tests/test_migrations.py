@@ -27,7 +27,7 @@ from voicetx.campaigns.purge import purge_transactions
 from voicetx.contract.merge import Transaction, fold
 from voicetx.contract.update import parse, restore
 from voicetx.counting import folding, tallies
-from voicetx.reading.reports import report_transaction
+from voicetx.reading.transactions import report_transaction
 from voicetx.recording.batch import Received, look_up
 from voicetx.recording.recorder import Outcome, commit_batch
 from voicetx.settings import Settings

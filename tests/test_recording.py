@@ -23,7 +23,7 @@ from voicetx.campaigns.registration import register_transactions
 from voicetx.contract.merge import Transaction, fold
 from voicetx.contract.refusals import Refusal, Rejected
 from voicetx.contract.update import Update, parse
-from voicetx.reading.reports import TransactionReport, report_transaction
+from voicetx.reading.transactions import TransactionReport, report_transaction
 from voicetx.recording.batch import Batch, Received, look_up
 from voicetx.recording.recorder import Outcome, Recorder, commit_batch
 from voicetx.settings import Settings

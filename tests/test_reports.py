@@ -25,17 +25,12 @@ from voicetx.contract.update import parse
 from voicetx.counting import activity, tallies
 from voicetx.counting.folding import Folder
 from voicetx.counting.tallies import Measure
-from voicetx.reading.reports import (
-    describe_deployment,
-    describe_user,
-    read_time,
-    report_deployment,
-    report_users,
-)
+from voicetx.reading.reports import describe_deployment, describe_user, report_deployment, report_users
 from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.storage.schema import api_user, voice_transaction, voice_update
 from voicetx.storage.store import Store
+from voicetx.times import read_time
 
 IDS = [f"tx-{number}" for number in range(8)]
 ZONES = ["UTC", "Asia/Kolkata", "America/New_York"]

@@ -27,7 +27,7 @@ from voicetx.contract.merge import fold
 from voicetx.contract.privacy import digest_number
 from voicetx.contract.refusals import Rejected
 from voicetx.contract.update import parse, restore
-from voicetx.reading.reports import TransactionReport, report_transaction
+from voicetx.reading.transactions import TransactionReport, report_transaction
 from voicetx.recording import recorder
 from voicetx.recording.batch import Received, look_up
 from voicetx.recording.recorder import commit_batch

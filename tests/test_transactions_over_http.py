@@ -21,7 +21,7 @@ from servers import Service
 from voicetx.access.users import Grant
 from voicetx.api.transactions import MOST_CHARACTERS, MOST_UPDATES
 from voicetx.contract.update import UPDATE_PATH, parse
-from voicetx.reading.reports import report_transaction
+from voicetx.reading.transactions import report_transaction
 from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 

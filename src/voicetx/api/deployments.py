@@ -63,9 +63,10 @@ from voicetx.campaigns.id_files import (
 from voicetx.campaigns.registration import mint_transactions, register_transactions
 from voicetx.contract.ids import ID_RULE, TransactionId, is_step
 from voicetx.contract.refusals import Fault, Refusal, Rejected
-from voicetx.reading.reports import describe_deployment, format_time, mask_deployment, report_deployment
+from voicetx.reading.reports import describe_deployment, mask_deployment, report_deployment
 from voicetx.settings import TimeZone
 from voicetx.storage.store import ValueRefused
+from voicetx.times import format_time
 
 router = APIRouter(tags=["Deployments"])
 

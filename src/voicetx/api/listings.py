@@ -40,8 +40,8 @@ from voicetx.contract.codes import WireCallState, WireDropCode
 from voicetx.contract.ids import TransactionId
 from voicetx.reading.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows
 from voicetx.reading.listings import Filters, ListedTransaction, Page, list_transactions, match_missing
-from voicetx.reading.reports import format_time, read_time
 from voicetx.storage.statements import find_complete_until
+from voicetx.times import format_time, read_time
 
 router = APIRouter(tags=["Transactions"])
 

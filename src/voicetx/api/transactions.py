@@ -1,7 +1,7 @@
 """What became of a call: a transaction and its history, for who may read them.
 
 What is personal in them is masked for who has not the grant for that too. Knows neither how it is found nor what counts
-as personal: that is `voicetx.reading.reports` and `voicetx.contract.privacy`.
+as personal: that is `voicetx.reading.transactions` and `voicetx.contract.privacy`.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from voicetx.api.endpoints import Call, answer_json, for_users
 from voicetx.api.openapi import TRANSACTION_REQUEST, describe_transaction_answers
 from voicetx.contract.ids import is_id
 from voicetx.contract.refusals import Refusal, Rejected
-from voicetx.reading.reports import TransactionReport, describe_transaction, mask_transaction, report_transaction
+from voicetx.reading.transactions import TransactionReport, describe_transaction, mask_transaction, report_transaction
 
 MOST_UPDATES = 1_000
 MOST_CHARACTERS = 1_048_576

@@ -34,16 +34,10 @@ from voicetx.cli.output import (
     write,
 )
 from voicetx.contract.codes import CALL_STATES, DROP_CODES
-from voicetx.reading.reports import (
-    DeploymentReport,
-    Durations,
-    describe_deployment,
-    format_minute,
-    format_time,
-    report_deployment,
-)
+from voicetx.reading.reports import DeploymentReport, Durations, describe_deployment, report_deployment
 from voicetx.settings import Settings, check_time_zone
 from voicetx.storage.store import Store
+from voicetx.times import format_minute, format_time
 
 T = TypeVar("T")
 

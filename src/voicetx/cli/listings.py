@@ -21,9 +21,9 @@ from voicetx.contract.codes import WireCallState, WireDropCode
 from voicetx.contract.ids import is_id
 from voicetx.reading.exports import ExportFormat, begin_export, describe_receipt, render_rows
 from voicetx.reading.listings import Filters, ListedTransaction, find_receipts, list_transactions, match_missing
-from voicetx.reading.reports import format_time, read_time
 from voicetx.storage.statements import find_complete_until
 from voicetx.storage.store import Store
+from voicetx.times import format_time, read_time
 
 _ROWS_A_PAGE = 1_000
 _RECEIPTS_AT_ONCE = 500

@@ -26,9 +26,9 @@ from voicetx.cli.output import (
     run_on_store,
 )
 from voicetx.contract import privacy
-from voicetx.reading.reports import format_time
 from voicetx.settings import Settings
 from voicetx.storage.store import Store
+from voicetx.times import format_time
 
 T = TypeVar("T")
 

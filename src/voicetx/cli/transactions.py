@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from voicetx.cli.output import AsJson, CommandError, print_json, print_table, printable, read
-from voicetx.reading.reports import describe_transaction, format_time, report_transaction
+from voicetx.reading.transactions import describe_transaction, report_transaction
+from voicetx.times import format_time
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -14,7 +14,8 @@ from sqlalchemy import Connection
 from voicetx.access import users as api_users
 from voicetx.access.users import ApiUser, Grant, SecretKey
 from voicetx.cli.output import AsJson, print_json, print_table, printable, read, write
-from voicetx.reading.reports import describe_user, format_time, report_users
+from voicetx.reading.reports import describe_user, report_users
+from voicetx.times import format_time
 
 users = typer.Typer(no_args_is_help=True)
 keys = typer.Typer(no_args_is_help=True)

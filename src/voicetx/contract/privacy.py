@@ -1,6 +1,6 @@
 """What is personal in an update, and how it is hidden: numbers and the digits that a person pressed.
 
-Pure functions on texts and bodies, for whoever shows them (`voicetx.reading.reports`) and for whoever has to forget a
+Pure functions on texts and bodies, for whoever shows them (`voicetx.reading`) and for whoever has to forget a
 number (`voicetx.campaigns.erase`). What a field of the contract is to privacy, `voicetx.contract.fields` declares.
 A body keeps all the rest to the letter, so it is read token by token and never parsed and written anew: names given
 twice, spacing and numbers that no parser can hold stay as they came. Knows neither HTTP nor the database. Source:

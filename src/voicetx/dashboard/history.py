@@ -12,7 +12,7 @@ from voicetx.contract.codes import contradicts
 from voicetx.contract.fields import WIRE_NAMES
 from voicetx.contract.update import Update, restore
 from voicetx.dashboard.charts import Point
-from voicetx.reading.reports import HistoryEntry, TransactionReport
+from voicetx.reading.transactions import HistoryEntry, TransactionReport
 
 
 @dataclass(frozen=True, slots=True)

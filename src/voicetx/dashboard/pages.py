@@ -40,7 +40,8 @@ from voicetx.dashboard.rendering import ASSETS, render
 from voicetx.dashboard.sessions import PATH
 from voicetx.reading.exports import mask_listed
 from voicetx.reading.listings import Filters, ListedTransaction, list_transactions, match_missing
-from voicetx.reading.reports import mask_transaction, report_transaction, report_users
+from voicetx.reading.reports import report_users
+from voicetx.reading.transactions import mask_transaction, report_transaction
 from voicetx.services import Services
 from voicetx.storage.store import StoreUnavailable
 

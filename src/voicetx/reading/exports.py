@@ -18,7 +18,7 @@ import orjson
 from voicetx.contract import privacy
 from voicetx.contract.fields import WIRE_NAMES
 from voicetx.reading.listings import ListedTransaction, Receipt
-from voicetx.reading.reports import format_time
+from voicetx.times import format_time
 
 _COLUMNS = (*WIRE_NAMES.values(), "inconsistent", "finished", "updates", "registered_at", "updated_at")
 
