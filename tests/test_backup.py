@@ -138,12 +138,17 @@ def test_a_backup_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
 def test_what_cannot_be_backed_up_is_a_sentence(tmp_path: Path) -> None:
     """A database that is not there is not made, PostgreSQL is left to its tools, and no other file is copied."""
     missing = tmp_path / "missing.db"
-    assert "there is no such database" in fail(f"sqlite:///{missing}", "db", "backup", str(tmp_path / "a.db"))
+    complaint = fail(f"sqlite:///{missing}", "db", "backup", str(tmp_path / "a.db"))
+    assert "there is no such database" in complaint
+    assert "voicetx db upgrade" in complaint
     assert not missing.exists()
     assert "pg_dump" in fail("postgresql://nobody@127.0.0.1:1/x", "db", "backup", str(tmp_path / "b.db"))
     url = f"sqlite:///{tmp_path / 'voicetx.db'}"
     run(url, "db", "upgrade")
-    assert "No such file or directory" in fail(url, "db", "backup", str(tmp_path / "no-folder" / "c.db"))
+    complaint = fail(url, "db", "backup", str(tmp_path / "no-folder" / "c.db"))
+    assert "No such file or directory" in complaint
+    assert f"{tmp_path / 'no-folder'} " in complaint
+    assert "c.db" not in complaint
     (tmp_path / "text.db").write_text("no database at all, but a text that is long enough for a header" * 100)
     assert "The backup was not made" in fail(
         f"sqlite:///{tmp_path / 'text.db'}", "db", "backup", str(tmp_path / "d.db")
@@ -193,3 +198,23 @@ def test_an_old_database_is_backed_up_as_it_is(tmp_path: Path) -> None:
     assert invoke(url, "db", "backup", str(target)).returncode == 0
     with closing(sqlite3.connect(target)) as copy:
         assert copy.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+
+
+def test_another_applications_database_is_no_backup(tmp_path: Path) -> None:
+    """A file with a table of migrations and none of ours is not called a backup, whatever the version there."""
+    source, target = tmp_path / "theirs.db", tmp_path / "backup.db"
+    with closing(sqlite3.connect(source)) as theirs, theirs:
+        theirs.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        theirs.execute("INSERT INTO alembic_version VALUES (?)", [HEAD])
+    assert "holds no voicetx tables" in fail(f"sqlite:///{source}", "db", "backup", str(target))
+    assert not target.exists()
+
+
+def test_a_spoilt_database_is_backed_up_before_it_is_mended(tmp_path: Path) -> None:
+    """With several versions of the schema, or none, the copy is made, and what is wrong with it is said."""
+    url = f"sqlite:///{tmp_path / 'voicetx.db'}"
+    run(url, "db", "upgrade")
+    run_on(url, lambda connection: connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('0001')"))
+    assert f"at schema 0001 and {HEAD}." in run(url, "db", "backup", str(tmp_path / "two.db"))
+    run_on(url, lambda connection: connection.exec_driver_sql("DELETE FROM alembic_version"))
+    assert "at schema unknown." in run(url, "db", "backup", str(tmp_path / "none.db"))

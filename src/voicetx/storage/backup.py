@@ -11,6 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from voicetx.storage.schema import are_ours
+
 _COUNTED = {
     "API users": "api_user",
     "deployments": "deployment",
@@ -45,10 +47,14 @@ def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> C
     OSError and sqlite3.Error.
     """
     if not source.is_file():
-        raise BackupRefused(f"{source}: there is no such database.")
+        raise BackupRefused(f"{source}: there is no such database. To make it, run: voicetx db upgrade")
     if target.exists():
         raise BackupRefused(f"{target} is there already; a backup never overwrites a file.")
-    handle, name = tempfile.mkstemp(".part", f"{target.name}.", target.parent)  # with mode 0600
+    try:
+        handle, name = tempfile.mkstemp(".part", f"{target.name}.", target.parent)  # with mode 0600
+    except OSError as error:
+        # It would name a file that nobody asked for.
+        raise BackupRefused(f"The folder {target.parent} takes no file: {error.strerror}.") from error
     os.close(handle)
     draft = Path(name)
     try:
@@ -76,7 +82,7 @@ def _copy(source: Path, draft: Path, follow: Callable[[int, int], None]) -> Cont
         writing.execute("PRAGMA journal_mode = OFF").close()  # a draft that is not finished is thrown away
         # Within one transaction: else each commit of the service would make the copy begin anew.
         reading.execute("BEGIN")
-        if not reading.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchall():
+        if not are_ours(_read_table_names(reading)):
             raise BackupRefused(f"{source} holds no voicetx tables: there is nothing to back up.")
         content = _look_into(reading)
         reading.backup(writing, pages=_PAGES_AT_ONCE, progress=lambda _status, left, total: follow(total - left, total))
@@ -97,16 +103,23 @@ def _check(draft: Path, content: Content) -> None:
 
 
 def _look_into(connection: sqlite3.Connection) -> Content:
-    [(revision,)] = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    tables = _read_table_names(connection)
+    revisions = (
+        connection.execute("SELECT version_num FROM alembic_version ORDER BY 1") if "alembic_version" in tables else ()
+    )
     return Content(
-        revision,
+        # What somebody spoilt is backed up too, before it is mended.
+        " and ".join(revision for (revision,) in revisions) or "unknown",
         {
             name: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - names are ours
             for name, table in _COUNTED.items()
             if table in tables
         },
     )
+
+
+def _read_table_names(connection: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
 def _sync_folder(folder: Path) -> None:
