@@ -35,6 +35,7 @@ from voicetx.counting.tallies import Measure
 from voicetx.recording.batch import Received
 from voicetx.recording.recorder import commit_batch
 from voicetx.settings import Settings
+from voicetx.storage.migrations import HEAD
 from voicetx.storage.schema import voice_transaction
 
 
@@ -252,6 +253,56 @@ def test_no_command_makes_a_database_but_those_that_are_for_it(new_url: str, tmp
         assert not list(tmp_path.iterdir())
     run(new_url, "db", "upgrade")
     assert (tmp_path / "new.db").stat().st_mode & 0o777 == 0o600
+
+
+FOREIGN = "CREATE TABLE invoice (number TEXT); INSERT INTO invoice VALUES ('1');"
+VERSIONED = f"{FOREIGN} CREATE TABLE alembic_version (version_num TEXT);"
+
+
+@pytest.mark.parametrize(
+    ("script", "refusing"),
+    [
+        ("", []),
+        (FOREIGN, []),
+        (
+            f"{VERSIONED} INSERT INTO alembic_version VALUES ('{HEAD}');",
+            [("db", "upgrade"), ("serve", "--port", "0")],
+        ),
+    ],
+    ids=["nothing in it", "another application's", "another application's migrations"],
+)
+def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path, script: str, refusing: list[tuple[str, ...]]) -> None:
+    """What reads or refuses a file changes no byte of it and leaves none beside it; nobody but its owner may."""
+    path = tmp_path / "theirs.db"
+    path.touch()
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(script)
+    before = path.read_bytes()
+    for command in [*COMMANDS, *WRITING, *refusing]:
+        fail(f"sqlite:///{path}", *command)
+        assert path.read_bytes() == before, command
+        assert [*tmp_path.iterdir()] == [path], command
+
+
+def test_what_reads_our_file_leaves_it_as_it_is(sqlite_url: str) -> None:
+    """Which journal a file has is changed by who writes to it; a copy without one is read as it is."""
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    make_user(sqlite_url)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode = DELETE")
+    before = path.read_bytes()
+    for command in [("user", "list"), ("deployment", "list"), ("audit", "list"), ("db", "check")]:
+        run(sqlite_url, *command)
+        assert path.read_bytes() == before, command
+    run(sqlite_url, "deployment", "create", "campaign")
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_new_file_is_written_ahead_from_the_first_update_on(new_url: str) -> None:
+    """The service has its log beside a file that it made itself, so that who reads never waits for who writes."""
+    with Service(new_url), closing(sqlite3.connect(new_url.removeprefix("sqlite:///"))) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_what_reads_waits_for_nobody_who_writes(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

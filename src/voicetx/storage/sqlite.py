@@ -26,7 +26,7 @@ from sqlalchemy.pool import QueuePool
 
 from voicetx.storage.failures import Cause, Failure, describe
 from voicetx.storage.rows import HISTORY_NAMES, SEEN_NAMES, WRITTEN_NAMES, ChangedRow, SeenRow
-from voicetx.storage.schema import MERGED_NAMES, voice_transaction
+from voicetx.storage.schema import MERGED_NAMES, are_ours, voice_transaction
 from voicetx.storage.writer_process import OwnProcess, ProcessLost
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ _REFUSED_VALUES = (
 )
 _AWAY = (OSError, PoolTimeoutError, sqlite3.Error, ProcessLost)
 
+_BEGIN_WRITING = "BEGIN IMMEDIATE"
 # The pages that updates touch lie anywhere: kept in memory (KiB), and copied from the log (pages of 4 KiB) more rarely
 # than after each thousand, which is every few batches.
 _WRITER_PRAGMAS = ("cache_size=-65536", "wal_autocheckpoint=8000")
@@ -152,7 +153,20 @@ def _open_writer(path: Path, wait_seconds: float) -> tuple[Engine, float]:
 
 
 def _make_writer(path: Path, wait_seconds: float) -> Engine:
-    return _make_engine(path, "BEGIN IMMEDIATE", 1, wait_seconds, _WRITER_PRAGMAS)
+    return _make_engine(path, _BEGIN_WRITING, 1, wait_seconds, _WRITER_PRAGMAS)
+
+
+def _write_ahead(connection: Connection) -> None:
+    """Have a file of ours written to a log beside it first: that is noted in the file, so any other is left as it is.
+
+    Only who writes does so, once for each connection; who reads changes nothing.
+    """
+    if "is_ours" in connection.info:
+        return
+    file = _get_driver(connection)
+    if are_ours([name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]):
+        file.execute("PRAGMA journal_mode=WAL").close()
+        connection.info["is_ours"] = True
 
 
 def _make_engine(path: Path, begin: str, pool_size: int, wait_seconds: float, pragmas: Iterable[str] = ()) -> Engine:
@@ -167,11 +181,13 @@ def _make_engine(path: Path, begin: str, pool_size: int, wait_seconds: float, pr
 
     @event.listens_for(engine, "connect")
     def _prepare(dbapi_connection: Any, _record: object) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", *pragmas):
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", *pragmas):
             dbapi_connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
+        if begin == _BEGIN_WRITING:
+            _write_ahead(connection)
         _get_driver(connection).execute(begin)
 
     return engine
