@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from codecs import BOM_UTF8, BOM_UTF16_BE
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF32_BE
 from typing import Any
 
 import pytest
@@ -146,6 +146,8 @@ REASONS = [
     (BOM_UTF8 + b'{"a": "4711\xff"}', "must be UTF-8: byte 12 is not"),
     ('{"a": "4711"}'.encode("utf-16"), "must be UTF-8, not UTF-16"),
     (BOM_UTF16_BE + '{"a": "4711"}'.encode("utf-16-be"), "must be UTF-8, not UTF-16"),
+    ('{"a": "4711"}'.encode("utf-32"), "must be UTF-8, not UTF-32"),
+    (BOM_UTF32_BE + '{"a": "4711"}'.encode("utf-32-be"), "must be UTF-8, not UTF-32"),
     (gzip.compress(b'{"a": "4711"}', mtime=0), "must not be compressed"),
     (b'{"a": "4711",}', "must be JSON: trailing comma at line 1, column 14"),
     (b'{\n"a": "4711"\n"b": 1}', "must be JSON: no comma or brace after a value at line 3, column 1"),
@@ -154,6 +156,10 @@ REASONS = [
     (b'{"4711": 1} 4711', "must be JSON: text after its end at line 1, column 13"),
     (b'{"a": "47\\11"}', "must be JSON: an unknown escape at line 1, column 11"),
     (b'{"a": "\\ud800-4711"}', "must be JSON: a lone surrogate at line 1, column 14"),
+    (b'{"a": "4711\n"}', "must be JSON: a control character in a string at line 1, column 12"),
+    (b'{\n"a": "\n', "must be JSON: a control character in a string at line 2, column 7"),
+    (b'{"a": "\t4711"}', "must be JSON: a control character in a string at line 1, column 8"),
+    (b'{"a": "4711"\n', "must be JSON: cut off within an object at line 1, column 13"),
     (b'{"a": NaN}', "must be JSON: no value at line 1, column 7"),
     (b'{"a":' + b"[" * 300, "must be JSON: nested too deeply at line 1, column 206"),
 ]
@@ -174,7 +180,7 @@ def test_every_reason_is_one_of_ours(body: bytes) -> None:
     with pytest.raises(Rejected) as refused:
         parse(body)
     reasons = [fault.reason for fault in refused.value.faults if fault.field == ""]
-    ours = r"must (be|not) [A-Za-z ,-]+(8|16)?(: [a-z ,]+ at line \d+, column \d+|: byte \d+ is not)?"
+    ours = r"must (be|not) [A-Za-z ,-]+(8|16|32)?(: [a-z ,]+ at line [1-9]\d*, column [1-9]\d*|: byte \d+ is not)?"
     assert all(re.fullmatch(ours, reason) for reason in reasons)
     assert refused.value.refusal is Refusal.FIELD_MISSING or reasons
 

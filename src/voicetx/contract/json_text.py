@@ -5,7 +5,7 @@ through. Knows neither what a body means nor how it came. Source: docs/contract.
 """
 
 import re
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from typing import Any
 
 from pydantic_core import from_json
@@ -13,6 +13,12 @@ from pydantic_core import from_json
 from voicetx.contract.refusals import Fault, Refusal, Rejected
 
 _GZIP = b"\x1f\x8b"
+_OTHER_MARKS = (
+    (BOM_UTF32_LE, "UTF-32"),  # before UTF-16's, with which it begins
+    (BOM_UTF32_BE, "UTF-32"),
+    (BOM_UTF16_LE, "UTF-16"),
+    (BOM_UTF16_BE, "UTF-16"),
+)
 _WHITE_SPACE = b" \t\r\n"  # as RFC 8259, section 2 has it
 
 _PLACED = re.compile(r"(.+) at line (\d+) column (\d+)", re.DOTALL)
@@ -76,8 +82,9 @@ def _explain(body: bytes, error: str) -> str:
         return "must not be empty"
     if body.startswith(_GZIP):
         return "must not be compressed"
-    if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-        return "must be UTF-8, not UTF-16"
+    encoding = next((name for mark, name in _OTHER_MARKS if body.startswith(mark)), None)
+    if encoding is not None:
+        return f"must be UTF-8, not {encoding}"
     try:
         body.decode()
     except UnicodeDecodeError as undecoded:
@@ -85,4 +92,8 @@ def _explain(body: bytes, error: str) -> str:
     placed = _PLACED.fullmatch(error)
     if placed is None or placed[1] not in _MET:
         return "must be JSON"
-    return f"must be JSON: {_MET[placed[1]]} at line {placed[2]}, column {placed[3]}"
+    line, column = int(placed[2]), int(placed[3])
+    if column == 0:  # how the parser counts a line break: we take it to be the last character of its line
+        line -= 1
+        column = len(body.split(b"\n", line)[line - 1]) + 1
+    return f"must be JSON: {_MET[placed[1]]} at line {line}, column {column}"
