@@ -431,6 +431,17 @@ def test_a_file_that_is_no_text_is_refused_with_the_reason(sqlite_url: str, tmp_
     assert done.stderr.startswith("line 3: ")
 
 
+@pytest.mark.parametrize("command", ["missing", "export"])
+def test_a_list_that_cannot_be_made_prints_nothing_but_the_reason(
+    sqlite_url: str, tmp_path: Path, command: str
+) -> None:
+    """Standard output stays empty where there is no deployment, and where there is no database."""
+    for url in (sqlite_url, f"sqlite:///{tmp_path / 'nowhere.db'}"):
+        done = invoke(url, "deployment", command, "nowhere")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr
+
+
 def test_ids_load_from_standard_input(sqlite_url: str) -> None:
     """`-` reads standard input, whichever of the two forms it has."""
     run(sqlite_url, "deployment", "create", "campaign")

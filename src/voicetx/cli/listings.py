@@ -42,8 +42,7 @@ def list_missing(
     """List the transactions never reported, or whose report leaves open how the call ended (with --json, NDJSON)."""
     age_ms = read_age(older_than, "mhd") if older_than is not None else 0
     filters = match_missing(age_ms)
-    if not as_json:
-        typer.echo(f"{'heard of':<26}{'call-state':<12}{'drop-code':<11}transaction-id")
+    head = "" if as_json else f"{'heard of':<26}{'call-state':<12}{'drop-code':<11}transaction-id\n"
 
     def show(rows: Sequence[ListedTransaction]) -> None:
         if as_json:
@@ -54,7 +53,7 @@ def list_missing(
             state, code = row.fields.get("call-state", ""), row.fields.get("drop-code", "")
             typer.echo(f"{heard:<26}{state:<12}{code:<11}{row.transaction_id}")
 
-    count, _ = _walk(deployment_id, filters, show)
+    count, _ = _walk(deployment_id, filters, show, head.encode())
     if not as_json:
         complain(f"The outcome of {count:,} transactions of {deployment_id} is missing.")
 
@@ -167,7 +166,10 @@ async def _find_held(store: Store, lines: Iterator[_Line], *, as_json: bool) -> 
 def _walk(
     deployment_id: str, filters: Filters, show: Callable[[Sequence[ListedTransaction]], None], head: bytes = b""
 ) -> tuple[int, int]:
-    """Show a deployment's transactions page by page; return how many there were, and up to when none is missing."""
+    """Show a deployment's transactions page by page, after a head.
+
+    Return how many there were, and up to when none is missing.
+    """
 
     async def walk(store: Store) -> tuple[int, int]:
         await store.read(partial(deployments.require_deployment, deployment_id=deployment_id))
