@@ -182,6 +182,24 @@ def test_the_table_of_challenges_is_the_codes() -> None:
     assert rows == [(challenge.error or "", challenge.description) for challenge in Challenge]
 
 
+@pytest.mark.parametrize(
+    ("words", "home"),
+    [
+        (r"voice[_-]tag|drop[_-]reason", "fields.py"),
+        (r"""["'](?:1001|1003|1007|2001|2004|2006)["']""", "codes.py"),
+    ],
+    ids=["fields", "drop codes"],
+)
+def test_fields_and_drop_codes_stand_in_one_place(words: str, home: str) -> None:
+    """As CONTRIBUTING.md says, no other source or page names what has no part of its own, but who makes up calls."""
+    named = {
+        path.name
+        for path in SOURCES.rglob("*")
+        if path.suffix in {".py", ".html", ".js"} and re.search(words, path.read_text(encoding="utf-8"))
+    }
+    assert named - {"simulation.py"} == {home}
+
+
 @every_page
 def test_every_relative_link_resolves(page: Path) -> None:
     """Each link to a file of this repository leads to one that git keeps, or that is about to be added."""
@@ -194,7 +212,7 @@ def test_every_relative_link_resolves(page: Path) -> None:
 
 def test_there_are_pages_commands_and_links() -> None:
     """The tests of this module find what they are to judge."""
-    assert {"README.md", "CHANGELOG.md", "docs/contract.md", "docs/operations.md"} <= {
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/contract.md", "docs/operations.md"} <= {
         name_page(page) for page in PAGES
     }
     assert "](docs/contract.md)" in README
