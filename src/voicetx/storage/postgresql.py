@@ -2,7 +2,7 @@
 
 `voicetx.storage.store` runs work on `Server`; `voicetx.storage.statements` has what each statement promises, which
 `voicetx.storage.sqlite` keeps under the same names. Each statement of a batch does all that it does or nothing, for it
-may be a transaction by itself. Sources: docs/decisions/0007-core-and-sync-work.md and 0010-two-statements.md.
+may be a transaction by itself. Sources: docs/decisions/0007-one-work-two-databases.md and 0010-two-statements.md.
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 `voicetx.storage.store` runs work on `Embedded`; `voicetx.storage.statements` has what each statement promises, which
 `voicetx.storage.postgresql` keeps under the same names. What is written here runs under the lock that BEGIN IMMEDIATE
 took, so nobody changes a row between reading and writing it. Sources: sqlite.org/lang_transaction.html;
-docs/decisions/0007-core-and-sync-work.md and 0015-writer-process.md.
+docs/decisions/0007-one-work-two-databases.md and 0015-writer-process.md.
 """
 
 import asyncio

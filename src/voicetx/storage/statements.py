@@ -2,7 +2,7 @@
 
 `voicetx.storage.sqlite` and `voicetx.storage.postgresql` have them, under the same names, in each database's own SQL;
 callers need not know which database it is. Statements that both read alike stand beside what they are for, in
-SQLAlchemy's words. Source: docs/decisions/0007-core-and-sync-work.md.
+SQLAlchemy's words. Source: docs/decisions/0007-one-work-two-databases.md.
 """
 
 from collections.abc import Collection, Mapping, Sequence
