@@ -19,9 +19,9 @@ from servers import Valkey
 from voicetx import metrics
 from voicetx.access import throttle as throttle_module
 from voicetx.access.redis_counts import RedisCounts
-from voicetx.access.shared_counts import COUNTS_FILE_VARIABLE
 from voicetx.access.throttle import Throttle, ThrottleReached
 from voicetx.settings import Settings
+from voicetx.storage.shared_counts import COUNTS_FILE_VARIABLE
 
 pytestmark = pytest.mark.anyio
 

@@ -3,7 +3,7 @@
 Third step of an update, after authentication and before its body is read. Calls are counted by authenticated API user,
 never by anything that a stranger can make up. slowapi's `Limiter` holds the default limit and the counts in memory, and
 its exception is what is raised; the check is ours (docs/decisions/0009-slowapi.md). Source: contract, sections 3 and 4.
-Where several processes count together: `voicetx.access.shared_counts`. Where several instances do, and what happens
+Where several processes count together: `voicetx.storage.shared_counts`. Where several instances do, and what happens
 while Redis hangs: `voicetx.access.redis_counts`.
 
 A window begins at a whole multiple of its length since 1970, and its number is part of the key it is counted by. So
@@ -29,9 +29,9 @@ from starlette.requests import Request
 
 from voicetx import metrics
 from voicetx.access.redis_counts import RedisCounts
-from voicetx.access.shared_counts import COUNTS_FILE_VARIABLE, SharedCounts
 from voicetx.duties import Duty, held
 from voicetx.settings import Settings
+from voicetx.storage.shared_counts import COUNTS_FILE_VARIABLE, SharedCounts
 
 _LEASES_IN_A_WINDOW = 50
 _ADDRESSES_MOST = 100_000

@@ -1,7 +1,6 @@
 """`voicetx db`: bring the database to this release's schema, ask whether it is there, and back it up."""
 
 import asyncio
-import sqlite3
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -68,6 +67,4 @@ def backup(file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; 
             content = back_up(address.path, file, follow)
     except BackupRefused as error:
         raise CommandError(str(error)) from error
-    except sqlite3.Error as error:
-        raise CommandError(f"The backup was not made: {error}.") from error
     typer.echo(f"{file} is a backup, as of when this command began: {content}.")

@@ -16,11 +16,11 @@ from typing import Any
 
 import uvicorn
 
-from voicetx.access.shared_counts import COUNTS_FILE_VARIABLE
 from voicetx.addresses import FileAddress, read_database_url
 from voicetx.server.protocol import ContractProtocol
 from voicetx.server.supervisor import NOT_HEEDED, Supervisor
 from voicetx.settings import Settings
+from voicetx.storage.shared_counts import COUNTS_FILE_VARIABLE
 
 _BACKLOG = 2048
 _MOST_BY_DEFAULT = 4

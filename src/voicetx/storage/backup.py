@@ -43,8 +43,8 @@ def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> C
 
     The copy gets mode 0600 and its name when it is whole: SQLite finds no fault in it, and it holds as much as the
     source did when the copy began, which is returned. `follow` is called with the pages done and the pages in all.
-    Raises `BackupRefused` where there is no database of ours, the copy is not whole or `target` is there already,
-    OSError and sqlite3.Error.
+    Raises `BackupRefused` where there is no database of ours, SQLite can't read it or write the copy, the copy is not
+    whole or `target` is there already; and OSError.
     """
     if not source.is_file():
         raise BackupRefused(f"{source}: there is no such database. To make it, run: voicetx db upgrade")
@@ -58,8 +58,11 @@ def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> C
     os.close(handle)
     draft = Path(name)
     try:
-        content = _copy(source, draft, follow)
-        _check(draft, content)
+        try:
+            content = _copy(source, draft, follow)
+            _check(draft, content)
+        except sqlite3.Error as error:
+            raise BackupRefused(f"The backup was not made: {error}.") from error
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         try:
