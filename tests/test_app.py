@@ -1,4 +1,4 @@
-"""The application and the protocol before it, which answers updates the short way: the same answers by both."""
+"""The application and the protocol before it, which answers updates by the fast path: the same answers by both."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ REQUESTS = [
 ]
 
 
-async def test_the_application_answers_as_the_short_way_does(served: tuple[FastAPI, str, str]) -> None:
+async def test_the_application_answers_as_the_fast_path_does(served: tuple[FastAPI, str, str]) -> None:
     """Any ASGI client of the FastAPI application gets the answers that a dialer gets, headers included."""
     app, address, key = served
     for method, path, content in REQUESTS:
@@ -123,9 +123,9 @@ async def test_an_encoded_body_is_not_taken(
         assert paths == ([] if is_plain else [UPDATE_PATH])
 
 
-async def test_updates_go_the_short_way(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_updates_take_the_fast_path(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An update of a known dialer, whole or in pieces, does not get to the application; every other request does."""
-    monkeypatch.setattr("voicetx.server.protocol._PATIENCE_SECONDS", 60.0)  # on a machine that is busy
+    monkeypatch.setattr("voicetx.server.protocol._FAST_PATH_BODY_SECONDS", 60.0)  # on a machine that is busy
     async with served_app(database_url, credential_cache_seconds=4) as (app, address, key):
         authorization = {"authorization": f"Bearer {key}"}
         async with httpx.AsyncClient(base_url=address, headers=authorization) as client:
@@ -276,7 +276,7 @@ async def test_a_body_that_comes_slowly_is_waited_for(
     served: tuple[FastAPI, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A body that takes longer than a moment is waited for on the way of every request, and its update recorded."""
-    monkeypatch.setattr("voicetx.server.protocol._PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("voicetx.server.protocol._FAST_PATH_BODY_SECONDS", 0)
     app, address, key = served
     paths = count_requests_to(app, monkeypatch)
     async with pieces(address, key, encode(make_body("tx-3"))) as answers:

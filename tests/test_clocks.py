@@ -158,7 +158,7 @@ async def test_the_zone_of_the_api_user_counts(database_url: str) -> None:
                 )
                 headers = {"authorization": f"Bearer {key}"}
                 body = encode(make_body("tx-1", **ANSWERED))
-                for _ in range(2):  # the second time its key is known, and it goes the short way
+                for _ in range(2):  # the second time its key is known, and it takes the fast path
                     answer = await client.put(UPDATE_PATH, content=body, headers=headers)
                     assert answer.status_code == (200 if taken else 499)
                 answer = await client.post("/api/v1/updates", content=body, headers=headers)

@@ -284,11 +284,11 @@ async def test_a_connection_with_answers_is_not_taken_for_a_slow_one(served: tup
             writer.write(message[:40])
             while not protocol._is_amid_request:
                 await asyncio.sleep(0)
-            protocol._hang_up_on_the_slow()
+            protocol._watch.check()
             if is_first:
                 writer.write(message[40:])
                 assert (await read_answer(reader))[0] == 200
-        protocol._hang_up_on_the_slow()
+        protocol._watch.check()
         assert await reader.read() == b""
 
 
@@ -301,9 +301,9 @@ async def test_blank_lines_between_messages_do_not_add_up(served: tuple[Any, str
             writer.write(message)
             assert (await read_answer(reader))[0] == 200
             protocol = await find_protocol(app, writer)
-            before = protocol._unsettled_bytes
+            before = protocol._head_bytes
             writer.write(b"\r\n" * 3000)
-            while protocol._unsettled_bytes < before + 6000:
+            while protocol._head_bytes < before + 6000:
                 await asyncio.sleep(0)
 
 

@@ -22,7 +22,7 @@ from voicetx import metrics
 from voicetx.access import users
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract.update import UPDATE_PATH
-from voicetx.server.protocol import _HEAD_MOST_BYTES, ContractProtocol
+from voicetx.server.protocol import _MAX_HEAD_BYTES, ContractProtocol
 from voicetx.storage.schema import voice_update
 
 pytestmark = pytest.mark.anyio
@@ -112,7 +112,7 @@ async def test_all_that_came_before_nonsense_is_answered_first(served: tuple[Any
 
 
 async def test_a_malformed_body_is_refused_while_it_is_waited_for(served: tuple[Any, str, str]) -> None:
-    """Chunks that are none end their own request with 400, the short way and the other, and record nothing."""
+    """Chunks that are none end their request with 400, on the fast path and the usual one, and record nothing."""
     _, address, key = served
     for header in ["x: y", "expect: 100-continue"]:
         async with connection(address) as (reader, writer):
@@ -130,7 +130,7 @@ async def test_a_malformed_body_is_refused_while_it_is_waited_for(served: tuple[
         b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 200_000 + b"\r\n\r\n",
         b"GET /" + b"x" * 200_000 + b" HTTP/1.1\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\n" + b"x: y\r\n" * 101 + b"\r\n",
-        b"GET /healthz HTTP/1.1\r\n" + b"x" * _HEAD_MOST_BYTES + b": y\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n" + b"x" * _MAX_HEAD_BYTES + b": y\r\n\r\n",
         b"\r\n" * 100_000,
     ],
     ids=["value", "target", "count", "name", "blank lines"],
@@ -148,7 +148,7 @@ async def test_a_head_too_large_is_431(served: tuple[Any, str, str], head: bytes
 async def test_a_head_as_large_as_may_be_is_served(served: tuple[Any, str, str]) -> None:
     """A head of just under 16 KiB is served, also behind other requests, and whatever its pieces."""
     _, address, key = served
-    large = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"y" * (_HEAD_MOST_BYTES - 20) + b"\r\n\r\n"
+    large = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"y" * (_MAX_HEAD_BYTES - 20) + b"\r\n\r\n"
     async with connection(address) as (reader, writer):
         stream = put(key, encode(make_body("tx-1", message="x" * 1000))) + large + HEALTH + large
         for start in range(0, len(stream), 700):
@@ -248,7 +248,7 @@ async def test_a_head_that_does_not_come_is_not_waited_for(
 ) -> None:
     """A connection whose client sends no head, or never the end of it, is closed, and nobody else's is."""
     _, address, key = served
-    monkeypatch.setattr("voicetx.server.protocol._LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("voicetx.server.client_watch.CHECK_INTERVAL_SECONDS", 0.2)
     async with connection(address) as (reader, writer), connection(address) as (other_reader, other_writer):
         writer.write(sent)
         answers = asyncio.create_task(read_until_closed(reader))
@@ -262,7 +262,7 @@ async def test_a_client_that_takes_no_answers_is_hung_up_on(
     served: tuple[Any, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks and asks and reads no answer loses the connection, while who reads slowly gets everything."""
-    monkeypatch.setattr("voicetx.server.protocol._LOOK_SECONDS", 0.3)
+    monkeypatch.setattr("voicetx.server.client_watch.CHECK_INTERVAL_SECONDS", 0.3)
     address = served[1]
     page = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: x\r\n\r\n"
     async with connection(address) as (reader, writer), connection(address) as (slow_reader, slow_writer):
@@ -366,11 +366,11 @@ async def test_a_head_has_its_time_from_its_start(served: tuple[Any, str, str]) 
         writer.write(HEALTH)
         await read_answer(reader)
         protocol = await find_protocol(app, writer)
-        protocol._hang_up_on_the_slow()
+        protocol._watch.check()
         writer.write(HEALTH[:9])
         while not protocol._is_amid_request:
             await asyncio.sleep(0)
-        protocol._hang_up_on_the_slow()
+        protocol._watch.check()
         writer.write(HEALTH[9:])
         assert (await read_answer(reader))[0] == 200
 
@@ -390,7 +390,7 @@ async def test_who_takes_an_answer_slowly_is_waited_for(served: tuple[Any, str, 
             if (unsent := protocol.transport.get_write_buffer_size()) != left and protocol in protocol.connections:
                 left = unsent
                 looks += 1
-                protocol._hang_up_on_the_slow()
+                protocol._watch.check()
     head, _, script = bytes(received).partition(b"\r\n\r\n")
     assert len(script) == int(re.findall(rb"content-length: (\d+)", head)[0])
     assert looks > 2
@@ -511,7 +511,7 @@ async def test_there_are_only_so_many_connections(
     """One connection more than a process takes is closed at once; those that are there go on."""
     while served[0].state.connections:
         await asyncio.sleep(0)
-    monkeypatch.setattr(ContractProtocol, "_connections_most", 2)
+    monkeypatch.setattr(ContractProtocol, "_max_connections", 2)
     async with connection(served[1]) as (reader, writer), connection(served[1]) as (other_reader, other_writer):
         for one in (writer, other_writer):
             one.write(HEALTH)
@@ -557,7 +557,7 @@ TARGETS = [
 async def test_targets_are_read_alike_on_both_ways(
     served: tuple[Any, str, str], target: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An absolute, encoded or odd target is the update path or is not, for the application as for the short way."""
+    """An absolute, encoded or odd target is the update path or is not, for the application as for the fast path."""
     app, address, key = served
     request = put(key, encode(make_body("tx-1"))).replace(UPDATE_PATH.encode(), target.encode())
     paths = count_requests_to(app, monkeypatch)

@@ -1,1 +1,1 @@
-"""The served program: its HTTP, the short way of an update, and its processes."""
+"""The served program: its HTTP, the fast path of an update, and its processes."""

@@ -27,7 +27,7 @@ from voicetx.dashboard import pages as dashboard
 from voicetx.dashboard import signpost
 from voicetx.dashboard.live import LivePages
 from voicetx.logs import configure_logging
-from voicetx.server.fast_path import ShortWay
+from voicetx.server.fast_path import FastPath
 from voicetx.services import Services
 from voicetx.settings import Settings
 
@@ -48,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         gc.set_threshold(_NEW_OBJECTS_BEFORE_COLLECTION)
         try:
             # Where the protocol finds them.
-            yield {"services": services, "short_way": ShortWay(services)}
+            yield {"services": services, "fast_path": FastPath(services)}
         finally:
             await services.close()
 

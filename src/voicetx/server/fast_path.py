@@ -1,10 +1,10 @@
-"""The short way of an update: no task, no ASGI, no FastAPI; step by step with all that came in the same turn.
+"""The fast path of updates: no task, no ASGI, no FastAPI, and one step at a time for all that came in together.
 
-`voicetx.server.protocol` offers requests whose body is whole. Of those the ones are taken here that no step keeps
-waiting and none refuses, which is what nearly all are; the others are declined with nothing done, and
-`voicetx.api.updates` answers them. Each step is taken for all of a turn before the next one, so that its code is in the
-processor's cache: one after the other they would take half as long again. Knows HTTP no more than the endpoint does.
-Source: docs/decisions/0011-short-way.md.
+`voicetx.server.protocol` offers requests whose body is complete. An update is taken here if no step keeps it waiting
+and none refuses it, which is true of nearly all. Everything else is declined with nothing done, and
+`voicetx.api.updates` answers it on the usual path, so there is one place that refuses. Each step is taken for all
+updates of one turn of the event loop before the next step, so that its code stays in the processor's cache: one update
+after the other took half as long again. Source: docs/decisions/0011-fast-path.md.
 """
 
 import time
@@ -50,8 +50,8 @@ class _Submitted(NamedTuple):
     outcome: "Future[Outcome]"
 
 
-class ShortWay:
-    """Takes updates, and answers them, at the end of the turn of the event loop in which they came in, or were done."""
+class FastPath:
+    """Takes updates, and answers them, once in each turn of the event loop, all of them together."""
 
     def __init__(self, services: Services) -> None:
         self._services = services

@@ -1,0 +1,24 @@
+"""An answer as the bytes of HTTP/1.1, for what is answered without ASGI."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from voicetx.api.answers import Answer, Headers, name_code
+
+
+def render_answer(
+    answer: Answer, request_id: bytes, default_headers: Iterable[tuple[bytes, bytes]], *, keep_alive: bool
+) -> bytes:
+    """Return a complete answer; `default_headers` are those that the server adds to every one."""
+    start = _render_start(answer.status, answer.code, (*default_headers, *answer.headers))
+    end = b"\r\n" if keep_alive else b"connection: close\r\n\r\n"
+    length = len(answer.body)
+    return b"%bcontent-length: %d\r\nx-request-id: %b\r\n%b%b" % (start, length, request_id, end, answer.body)
+
+
+@lru_cache(maxsize=64)
+def _render_start(status: int, code: int, headers: Headers) -> bytes:
+    """Return the lines that nearly all answers of a second have in common."""
+    return b"".join((STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in (*headers, *name_code(code)))))
