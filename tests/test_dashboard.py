@@ -30,7 +30,7 @@ from voicetx.contract.codes import CALL_STATES, DROP_CODES
 from voicetx.contract.merge import Transaction, apply, fold
 from voicetx.contract.update import UPDATE_PATH, parse
 from voicetx.counting import activity
-from voicetx.dashboard import live, pages
+from voicetx.dashboard import live, pages, visits
 from voicetx.dashboard.history import judge_history
 from voicetx.dashboard.overview import Overview, arrange_timeline
 from voicetx.dashboard.rendering import PARTS, render_parts
@@ -530,7 +530,7 @@ async def test_pages_that_are_shown_are_no_refusals(database_url: str) -> None:
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_pages_have_a_limit_of_their_own(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reloads without end is told to wait, and its dialer's calls are not counted with its pages."""
-    monkeypatch.setattr(pages, "_PAGES_LIMIT", "20/day")
+    monkeypatch.setattr(visits, "_PAGES_LIMIT", "20/day")
     async with running_app(database_url, credential_cache_seconds=4) as (app, services, _):
         _, key = await services.store.write(
             lambda connection: users.add_user(connection, "clerk", list(Grant), call_limit="3/day")

@@ -18,7 +18,7 @@ from voicetx.api.bulk import BULK_PATH
 from voicetx.api.pages import _allow
 from voicetx.api.tokens import TOKEN_PATH
 from voicetx.contract.update import UPDATE_PATH
-from voicetx.dashboard.pages import is_page
+from voicetx.dashboard.visits import is_page
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")

@@ -23,8 +23,7 @@ from voicetx.api.openapi import DESCRIPTION, SERVERS, TAGS, complete_openapi
 from voicetx.api.pages import PageGuard
 from voicetx.api.request_log import RequestLog, note_for_log
 from voicetx.contract.update import UPDATE_PATH
-from voicetx.dashboard import pages as dashboard
-from voicetx.dashboard import signpost
+from voicetx.dashboard import lists, pages, signpost, visits
 from voicetx.dashboard.live import LivePages
 from voicetx.logs import configure_logging
 from voicetx.server.fast_path import FastPath
@@ -72,7 +71,8 @@ def create_app(settings: Settings) -> FastAPI:
         users,
         tokens,
         operations,
-        dashboard,
+        pages,
+        lists,
         signpost,
     ):
         app.include_router(module.router)
@@ -95,8 +95,8 @@ def create_served_app() -> FastAPI:
 
 
 async def _answer_exception(request: Request, error: Exception) -> Response:
-    if dashboard.is_page(request.scope["path"]):
-        page, code = dashboard.answer_error(request, error)
+    if visits.is_page(request.scope["path"]):
+        page, code = visits.answer_error(request, error)
         if page.status_code == updates.REFUSED_METHOD.status:
             page.headers["allow"] = ", ".join(_find_methods(request))
         note_for_log(request.scope, code=code)
