@@ -51,6 +51,21 @@ def test_a_file_behind_a_link_is_private(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "real.db").stat().st_mode) == 0o600
 
 
+def test_a_path_that_leads_back_is_one_file_for_everybody(tmp_path: Path) -> None:
+    """What leads up again is followed as SQLite does it, also out of a folder that is missing or behind a link."""
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("there/deep")
+    for number, (url, name) in enumerate(
+        [("sqlite:///missing/../q.db", "q.db"), ("sqlite:///link/../q.db", "there/q.db")]
+    ):
+        run(url, "db", "upgrade")
+        make_user(url)
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+        run(url, "db", "backup", f"backup-{number}.db")
+        assert "dialer" in run(f"sqlite:///{name}", "user", "list")
+    assert not (tmp_path / "missing").exists()
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1), min_size=1))
 def test_a_file_written_as_url_is_read_as_the_same(names: list[str]) -> None:
     """The URL that is made of a file's name names that file."""

@@ -4,6 +4,7 @@ A URL that cannot be read is refused with a sentence that holds nothing of its t
 be percent-encoded any part of it may be a piece of the password. Connects to nothing.
 """
 
+import os
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,11 @@ class FileAddress:
     """A database file."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        """Follow a path that leads up again as SQLite does, which asks for no folder that it leaves at once."""
+        if ".." in self.path.parts:
+            object.__setattr__(self, "path", Path(os.path.realpath(self.path)))
 
     @property
     def url(self) -> str:
