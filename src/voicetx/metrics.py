@@ -15,7 +15,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -24,6 +32,9 @@ from prometheus_client.values import MultiProcessValue, MutexValue, ValueClass
 from voicetx import __version__
 
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+# When each figure was first counted says nothing of use, and is not there where several processes serve.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the library's
 
 _own = CollectorRegistry()
 
