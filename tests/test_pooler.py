@@ -156,6 +156,17 @@ def test_statement_pooling_is_refused(start_pooler: Callable[[str], PgBouncer], 
     assert "Traceback" not in done.stderr
 
 
+def test_options_that_a_pooler_refuses_are_a_sentence(start_pooler: Callable[[str], PgBouncer], database: str) -> None:
+    """Options of the URL, which pgbouncer takes from nobody, are named, and where the setting belongs instead."""
+    url = f"{start_pooler('transaction').url(database)}?options=-c%20work_mem%3D8MB"
+    done = run_command(url, "db", "check")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "options" in done.stderr
+    assert "ignore_startup_parameters" in done.stderr
+    assert "ALTER ROLE" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_nothing_acknowledged_is_lost_behind_a_pooler(own_postgresql: PostgreSQL, evidence: Evidence) -> None:
     """Where commits are to wait for no disk and the server crashes behind a pooler, what was acknowledged is there."""
     url = own_postgresql.create_database("crashed", template="template")

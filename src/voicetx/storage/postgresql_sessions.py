@@ -38,8 +38,15 @@ _BY_KEY = {
 }
 
 
+_OPTIONS_REFUSED = (
+    "A pooler is between voicetx and PostgreSQL, and refuses the options in VOICETX_DATABASE_URL. Take options= out of"
+    " the URL and make the setting with ALTER ROLE or ALTER DATABASE; with ignore_startup_parameters = options"
+    " pgbouncer passes over it, and it does not hold"
+)
+
+
 class PoolerUnfit(Exception):  # noqa: N818 - a state of the world, named as one
-    """A pooler is in between that keeps no session even for one transaction; the text says what to do."""
+    """A pooler is in between that won't do, or not with this URL; the text says what to do."""
 
 
 class PooledConnection(asyncpg.Connection):  # type: ignore[misc]  # it ships no type information
@@ -69,7 +76,12 @@ async def open_session(
         **options,
         "server_settings": {**options["server_settings"], "client_encoding": "UTF8"},
     }
-    connection = await asyncpg.connect(**how)
+    try:
+        connection = await asyncpg.connect(**how)
+    except asyncpg.ProtocolViolationError as error:
+        if "options" not in options["server_settings"]:
+            raise
+        raise PoolerUnfit(_OPTIONS_REFUSED) from error
     try:
         # A pooler answers with a process id of its own making, for the session behind it changes.
         is_own = f"pg_backend_pid() = {connection.get_server_pid()}"
