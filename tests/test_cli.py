@@ -29,6 +29,7 @@ from commands import fail, invoke, run
 from platform_side import date_back, make_user, register, run_on, show
 from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, run_command, wait_until
 from voicetx.campaigns.deployments import list_deployments
+from voicetx.cli.config import hide_passwords
 from voicetx.contract.update import parse
 from voicetx.counting import activity, tallies
 from voicetx.counting.tallies import Measure
@@ -77,12 +78,29 @@ def test_config_tells_what_is_in_force_and_where_it_comes_from(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://s3cret@cache:6379/1", "redis://***@cache:6379/1"),
+        ("rediss://s3c%40ret@cache?username=x", "rediss://***@cache?username=x"),
+        ("redis://s3c@ret:@cache:6379", "redis://***@cache:6379"),
+        ("redis://dialer:s3cret@cache", "redis://dialer:***@cache"),
+        ("redis://cache:6379", "redis://cache:6379"),
+        ("postgresql://dialer@db/calls", "postgresql://dialer@db/calls"),
+    ],
+)
+def test_the_user_of_a_redis_url_without_a_password_may_be_the_password(url: str, shown: str) -> None:
+    """Redis has a password more often than a user, and many forget the colon that stands before it."""
+    assert hide_passwords(url) == shown
+
+
+@pytest.mark.parametrize(
     ("text", "sentences"),
     [
+        (b"VOICETX_WORKERS=\n", ["VOICETX_WORKERS: is empty; give it a value, or remove the variable"]),
         (b"VOICETX_PORT=x\nVOICETX_BOGUS=1\n", ["VOICETX_BOGUS (.env) is not known.", "VOICETX_PORT: Input should be"]),
         (b"VOICETX_HOST=\xff\n", ["A file that was read is not UTF-8. Is it .env, in this folder?"]),
     ],
-    ids=["value", "encoding"],
+    ids=["empty", "value", "encoding"],
 )
 def test_a_file_of_settings_that_will_not_do(text: bytes, sentences: list[str]) -> None:
     """What is wrong with the file .env is said in a sentence each, what is unknown in it too."""

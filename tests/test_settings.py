@@ -13,7 +13,7 @@ from annotated_types import Ge, Le, MaxLen, MinLen
 from pydantic import AfterValidator, ValidationError
 
 from commands import invoke
-from voicetx.settings import Settings
+from voicetx.settings import Settings, describe_faults
 
 ROOT = Path(__file__).parents[1]
 FIELDS = Settings.model_fields
@@ -152,6 +152,21 @@ def test_a_bad_value_is_refused_with_a_sentence(name: str, value: str, tmp_path:
     assert re.fullmatch(rf"{name}: [A-Za-z][^\n{{}}]{{10,}}\.\n", done.stderr.removeprefix("Error: "))
     assert not value or value not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*Settings.model_fields])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_value_is_refused_where_it_means_nothing(name: str, value: str, tmp_path: Path) -> None:
+    """An empty variable is a slip, most of all that of the database; only where empty is the default it is taken."""
+    (tmp_path / ".env").write_text(f"VOICETX_{name.upper()}={value}\n", encoding="utf-8")
+    if Settings.model_fields[name].default in {"", None}:
+        assert getattr(Settings(), name) == Settings.model_fields[name].default
+        return
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert describe_faults(caught.value) == [
+        f"VOICETX_{name.upper()}: is empty; give it a value, or remove the variable for the default."
+    ]
 
 
 def test_every_bad_value_is_named_at_once(tmp_path: Path) -> None:

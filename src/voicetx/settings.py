@@ -6,11 +6,11 @@ names and bounds only, not what is done with a value.
 
 from enum import StrEnum
 from ipaddress import ip_network
-from typing import Annotated
+from typing import Annotated, Any
 from zoneinfo import available_timezones
 
 from limits import parse_many
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from voicetx.addresses import read_database_url, read_redis_url
@@ -187,6 +187,19 @@ class Settings(BaseSettings):
     log_level: LogLevel = Field(
         LogLevel.INFO, description="Log lines: all, one a request among them (info), or what to watch for (warning)."
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def check_given(cls, value: Any, info: ValidationInfo) -> Any:
+        """Return `value`; raises ValueError with a sentence for an empty text, unless the default is empty.
+
+        An empty variable does not mean the default: without its URL, the service would use another database.
+        """
+        if not isinstance(value, str) or value.strip():
+            return value
+        if info.field_name is not None and cls.model_fields[info.field_name].default in {"", None}:
+            return value
+        raise ValueError("is empty; give it a value, or remove the variable for the default")
 
 
 def describe_faults(error: ValidationError) -> list[str]:

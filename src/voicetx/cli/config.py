@@ -25,6 +25,8 @@ _DEFAULT = "default"
 _HIDDEN = "***"
 _CREDENTIALS = re.compile(r"(?P<user>//[^:]*):(?P<password>.*)(?=@)", re.DOTALL)
 
+_LONE_USER = re.compile(r"(?<=redis://)[^:]*:?(?=@)|(?<=rediss://)[^:]*:?(?=@)")
+
 
 class _Unknown(NamedTuple):
     name: str
@@ -74,8 +76,12 @@ def _reveal(value: Any) -> Any:
 
 
 def hide_passwords(url: str) -> str:
-    """Return a URL without the passwords in it, before its host and among its options."""
-    address, mark, query = _CREDENTIALS.sub(rf"\g<user>:{_HIDDEN}", url).partition("?")
+    """Return a URL without the passwords in it, before its host and among its options.
+
+    The user of a Redis URL that has no password is hidden too: it often is the password, without the colon before it.
+    """
+    without_user = _LONE_USER.sub(_HIDDEN, url)
+    address, mark, query = _CREDENTIALS.sub(rf"\g<user>:{_HIDDEN}", without_user).partition("?")
     return address + mark + "&".join(map(_hide_option, query.split("&")))
 
 
