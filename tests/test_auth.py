@@ -213,6 +213,18 @@ async def test_what_another_process_noted_is_not_noted_again(gate: Gate, clock: 
     assert key.last_used_at_ms == NOON_MS + MINUTE_MS
 
 
+async def test_a_key_is_not_used_before_it_was_made(gate: Gate) -> None:
+    """In the minute in which a key was made, that is when it was last used: of later uses the minute is known only."""
+    keys = await use(gate)
+    (digest,) = keys
+    (key,) = (await gate.store.read(lambda connection: users.find_user(connection, "dialer"))).keys
+    made_ms = key.created_at_ms
+    for noted_ms, told_ms in ((made_ms - 1, made_ms), (made_ms + MINUTE_MS, made_ms + MINUTE_MS)):
+        await gate.store.write(lambda connection, to=noted_ms: note_keys(connection, {digest: to}))  # type: ignore[misc]
+        (key,) = (await gate.store.read(lambda connection: users.find_user(connection, "dialer"))).keys
+        assert key.last_used_at_ms == told_ms
+
+
 async def test_what_a_token_does_its_key_does(gate: Gate, clock: Callable[[int], None]) -> None:
     """The use of an access token is noted of the key that it was got with; that of an expired one is none."""
     digest = hashlib.sha256(gate.key.encode()).digest()
@@ -249,6 +261,7 @@ async def test_a_service_keeps_when_a_key_was_used(database_url: str) -> None:
     store = Store(database_url)
     used, other = (await store.read(lambda connection: users.find_user(connection, "dialer"))).keys
     await store.close()
-    assert used.last_used_at_ms in {began_ms // MINUTE_MS * MINUTE_MS, (began_ms // MINUTE_MS + 1) * MINUTE_MS}
+    minutes = {began_ms // MINUTE_MS * MINUTE_MS, (began_ms // MINUTE_MS + 1) * MINUTE_MS}
+    assert used.last_used_at_ms in {max(minute_ms, used.created_at_ms) for minute_ms in minutes}
     assert used.created_at_ms <= began_ms
     assert (other.slot, other.last_used_at_ms) == (2, None)

@@ -125,7 +125,9 @@ def find_user(connection: Connection, name_or_id: str) -> ApiUser:
 
 
 def _to_key(row: Row[Any]) -> SecretKey:
-    return SecretKey(row.slot, row.created_at_ms, row.last_used_at_ms)
+    # The minute of a use begins before the key was made where both fall into one.
+    used_ms = None if row.last_used_at_ms is None else max(row.last_used_at_ms, row.created_at_ms)
+    return SecretKey(row.slot, row.created_at_ms, used_ms)
 
 
 def _matches(name_or_id: str) -> ColumnElement[bool]:
