@@ -32,9 +32,6 @@ from voicetx.api.endpoints import (
 )
 from voicetx.api.openapi_programs import (
     LOAD_REQUEST,
-    ShownDeployment,
-    ShownDeployments,
-    ShownReport,
     describe_body,
     describe_created,
     describe_found,
@@ -42,6 +39,7 @@ from voicetx.api.openapi_programs import (
     describe_minted,
     describe_query,
 )
+from voicetx.api.schemas import ShownDeployment, ShownDeployments, ShownReport
 from voicetx.campaigns.deployments import (
     Deployment,
     DeploymentError,

@@ -28,14 +28,8 @@ from voicetx.api.endpoints import (
     read_query,
     sign_in_again,
 )
-from voicetx.api.openapi_programs import (
-    COMPLETE_UNTIL_HEADER,
-    ShownChanges,
-    ShownTransactions,
-    describe_export,
-    describe_found,
-    describe_query,
-)
+from voicetx.api.openapi_programs import COMPLETE_UNTIL_HEADER, describe_export, describe_found, describe_query
+from voicetx.api.schemas import ShownChanges, ShownTransactions
 from voicetx.contract.codes import WireCallState, WireDropCode
 from voicetx.contract.ids import TransactionId
 from voicetx.reading.exports import ExportFormat, begin_export, describe_listed, mask_listed, render_rows

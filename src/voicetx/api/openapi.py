@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from voicetx.api.answers import render_refusal
+from voicetx.api.schemas import Recorded, Refused, ShownTransaction
 from voicetx.contract.fields import TromboneBody, UpdateBody
 from voicetx.contract.refusals import Fault, Refusal
 
@@ -89,50 +89,6 @@ _HEADERS: Mapping[Refusal, dict[str, Any]] = {
     Refusal.THROTTLED: _RETRY_HEADER,
     Refusal.INTERNAL: _RETRY_HEADER,
 }
-
-
-class Recorded(BaseModel):
-    """The update is durably committed; a repeat of it answers the same."""
-
-    transaction_id: str = Field(alias="transaction-id", description="the id that was sent", examples=["demo-001"])
-
-
-class FieldFault(BaseModel):
-    """What is wrong with one field; a value is never echoed."""
-
-    field: str = Field(description="its name; empty where the body as a whole is at fault")
-    reason: str
-
-
-class Refused(BaseModel):
-    """A refusal: tell it from a success by these keys, not by the HTTP status."""
-
-    code: int
-    description: str
-    errors: list[FieldFault] | None = Field(None, description="one for every field at fault, in body order")
-
-
-class ShownUpdate(BaseModel):
-    """An update as it came in."""
-
-    received_at: str = Field(description="RFC 3339, UTC", examples=["2026-01-31T08:02:00.123Z"])
-    api_user: str = Field(description="who sent it: its name, or its API key id where it is deleted")
-    repeats: int = Field(description="how often it came again; counted a few seconds late")
-    body: dict[str, Any] = Field(description="as received, unknown fields included; masked as the fields are")
-
-
-class ShownTransaction(BaseModel):
-    """A transaction as its updates have made it; beside these names stand the contract's fields that were given."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"additionalProperties": {"type": "string", "description": "a field by its wire name"}}
-    )
-
-    transaction_id: str = Field(alias="transaction-id", examples=["demo-001"])
-    deployment: str
-    inconsistent: bool = Field(description="whether call-state and drop-code contradict each other")
-    updates: int = Field(description="how many different updates were recorded")
-    history: list[ShownUpdate] = Field(description="oldest first")
 
 
 _WHEN: dict[Refusal, str] = {

@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field
 from voicetx.access.users import Grant
 from voicetx.api.answers import Answer
 from voicetx.api.endpoints import Asked, Call, answer_json, for_users, read_number, read_query
-from voicetx.api.openapi_programs import ShownUsers, describe_found, describe_query
+from voicetx.api.openapi_programs import describe_found, describe_query
+from voicetx.api.schemas import ShownUsers
 from voicetx.reading.reports import describe_user, report_users
 
 router = APIRouter(tags=["API users"])
