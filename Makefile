@@ -76,6 +76,10 @@ USE_NODE = if command -v npm >/dev/null && node -e 'process.exit(parseInt(proces
 test: $(VENV)/.dev .tools/newman-6.2.2-spectral-6.16.3  ## run every test, real PostgreSQL and Valkey included (ARGS="-k name" picks some)
 	@$(USE_NODE); $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
+.PHONY: test-quick
+test-quick: $(VENV)/.dev  ## run the tests that start no program and fuzz nothing
+	$(BIN)/pytest --quick --numprocesses 2 --dist worksteal $(ARGS)
+
 .PHONY: pictures
 pictures: $(VENV)/.dev  ## take README's pictures of the dashboard anew (needs Chromium)
 	$(BIN)/pytest tests/test_dashboard_browser.py -k pictures --pictures $(ARGS)

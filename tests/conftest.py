@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
+from types import FunctionType, ModuleType
 from uuid import uuid4
 
 import hypothesis
@@ -78,17 +79,43 @@ def has_room(folder: Path) -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that makes of the quick fault suite the long one, and that for README's pictures."""
+    """Add the options for fewer tests, for the long form of the fault suite, and for README's pictures."""
+    parser.addoption("--quick", action="store_true", help="only tests that start no program and fuzz nothing")
     parser.addoption("--long", action="store_true", help="the long form of tests/faults, with figures at its end")
     parser.addoption("--pictures", action="store_true", help="take README's pictures of the dashboard anew")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave what takes long to the long form."""
+    """Leave what takes longest to the long form, and all that takes long out of the quick one."""
+    left = set()
     if not config.getoption("--long"):
-        left = [item for item in items if item.get_closest_marker("long")]
+        left |= {item for item in items if item.get_closest_marker("long")}
+    if config.getoption("--quick"):
+        left |= {item for item in items if takes_long(item)}
+    if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
+
+
+_PROGRAMS = {"postgresql", "own_postgresql", "oldest_postgresql", "valkey", "valkey_url", "start_valkey"}
+_LONG = {"servers", "dialer", "subprocess", "schemathesis"}
+
+
+def takes_long(item: pytest.Item) -> bool:
+    """Say whether a test's module imports what starts programs or fuzzes, or the test asks for PostgreSQL or Valkey."""
+    assert isinstance(item, pytest.Function)
+    imported = {getattr(value, "__module__", None) or getattr(value, "__name__", "") for value in _values_of(item)}
+    asked_for = {*item.fixturenames, *(kind for kind in _kinds_of(item) if isinstance(kind, str))}
+    return bool(_LONG & imported or _PROGRAMS & asked_for)
+
+
+def _values_of(item: pytest.Function) -> list[object]:
+    values = vars(item.module).values()
+    return [value for value in values if isinstance(value, ModuleType | FunctionType | type)]
+
+
+def _kinds_of(item: pytest.Function) -> list[object]:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
