@@ -210,6 +210,27 @@ def test_every_relative_link_resolves(page: Path) -> None:
     assert not missing
 
 
+@every_page
+def test_lines_of_prose_have_at_most_120_columns(page: Path) -> None:
+    """Outside of tables and code, no line of a page is longer than a line of code may be."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = [line for line in text.splitlines() if not line.startswith("    ") and not line.lstrip().startswith("|")]
+    assert not [line for line in prose if len(line) > 120]
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    """README has at most 150 lines; what does not fit stands in docs/."""
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_index_names_every_page() -> None:
+    """docs/README.md leads to each page of docs/ and to each decision."""
+    docs = ROOT / "docs"
+    text = (docs / "README.md").read_text(encoding="utf-8")
+    pages = {str(page.relative_to(docs)) for page in docs.glob("**/*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w/.-]+\.md)\)", text)) == pages
+
+
 def test_there_are_pages_commands_and_links() -> None:
     """The tests of this module find what they are to judge."""
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/contract.md", "docs/operations.md"} <= {
@@ -269,7 +290,7 @@ def test_every_room_is_in_the_table() -> None:
 
 
 def test_decisions_are_numbered() -> None:
-    """Each decision has a number of its own, in its title too, and a status at its end; numbers are not used again."""
+    """Each decision has a number of its own, in its title too, a date, a status, and the three parts of a record."""
     decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
     numbers = [int(decision.name.partition("-")[0]) for decision in decisions]
     assert len(set(numbers)) == len(numbers)
@@ -277,6 +298,8 @@ def test_decisions_are_numbered() -> None:
         text = decision.read_text(encoding="utf-8")
         assert text.startswith(f"# {number}. ")
         assert re.search(r"^Status: (accepted|superseded)", text, re.MULTILINE)
+        assert re.search(r"^Date: \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Decision", "Consequences"]
 
 
 def test_what_the_code_cites_exists() -> None:
