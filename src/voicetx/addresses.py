@@ -9,6 +9,7 @@ import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
@@ -138,6 +139,7 @@ def read_redis_url(url: str) -> RedisAddress:
     }
     is_encrypted = bool(parts["encrypted"])
     query = parts["query"] or ""
+    given: set[str] = set()
     for part in filter(None, query.split("&")):
         option = _OPTION.fullmatch(_decode(part, _REDIS_FORM))
         name, value = option.group("name", "value") if option is not None else ("", "")
@@ -149,6 +151,9 @@ def read_redis_url(url: str) -> RedisAddress:
         pattern, convert = taken
         if not pattern.fullmatch(value):
             raise ValueError(f"the option {name} of a Redis URL does not have this value")
+        if name in given:
+            raise ValueError(f"the option {name} of a Redis URL is given twice")
+        given.add(name)
         options[name] = convert(value)
     return RedisAddress(is_encrypted, options)
 
@@ -213,6 +218,8 @@ def _read_options(query: str) -> dict[str, str]:
         if taken is None and "@" in query:  # then the name may be a piece of a password with a ? in it
             raise ValueError(_UNREADABLE)
         _check_option(name, value, taken)
+        if name in given:
+            raise ValueError(f"the option {name} of a PostgreSQL URL is given twice")
         given[name] = value
     return given
 
@@ -243,7 +250,23 @@ def _read_host(text: str, decode: Callable[[str], str], sentence: str = _UNREADA
     found = _HOST.fullmatch(text)
     if found is None:
         raise ValueError(sentence)
-    return decode(found["bracketed"] or found["name"] or "") or None, _read_port(found["port"] or "", sentence)
+    name = decode(found["bracketed"] or found["name"] or "")
+    if not _is_host(name, is_bracketed=found["name"] is None):
+        raise ValueError(sentence)
+    return name or None, _read_port(found["port"] or "", sentence)
+
+
+def _is_host(name: str, *, is_bracketed: bool) -> bool:
+    """Return whether this can be a host: a socket (PostgreSQL's), an IPv6 address in brackets, or a name."""
+    if name.startswith(("/", "@")):
+        return True
+    if not is_bracketed:
+        return not any(character.isspace() or character in "[]" for character in name)
+    try:
+        IPv6Address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_port(text: str, sentence: str = _UNREADABLE) -> int | None:
