@@ -72,10 +72,13 @@ def clean_environment(database_url: str, **environment: str) -> dict[str, str]:
 
 def run_command(database_url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `voicetx` with these arguments, in an empty folder, and return what it printed and its exit status."""
+    variables = clean_environment(database_url, **environment)
     with tempfile.TemporaryDirectory(prefix="voicetx-command-") as folder:
+        if Service.preloaded is not None:
+            return _run_preloaded(Service.preloaded, arguments, variables, folder)
         return subprocess.run(
             [sys.executable, "-m", "voicetx", *arguments],
-            env=clean_environment(database_url, **environment),
+            env=variables,
             cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -83,6 +86,22 @@ def run_command(database_url: str, *arguments: str, **environment: str) -> subpr
             timeout=_DEADLINE_SECONDS,
             check=False,
         )
+
+
+def _run_preloaded(
+    preloaded: Preloaded, arguments: Sequence[str], environment: Mapping[str, str], folder: str
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        program = preloaded.start(arguments, environment=environment, folder=folder, out=out.fileno(), err=err.fileno())
+        try:
+            status = program.wait(_DEADLINE_SECONDS)
+        finally:
+            program.kill()
+        printed = []
+        for file in (out, err):
+            file.seek(0)
+            printed.append(file.read())
+    return subprocess.CompletedProcess(list(arguments), status, *printed)
 
 
 def _inherit() -> dict[str, str]:

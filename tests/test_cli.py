@@ -27,7 +27,7 @@ from sqlalchemy import Connection, update
 from bodies import encode, make_body
 from commands import fail, invoke, run
 from platform_side import date_back, make_user, register, run_on, show
-from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, run_command, wait_until
+from servers import PostgreSQL, ServerFailedError, Service, clean_environment, find_free_port, wait_until
 from voicetx.campaigns.deployments import list_deployments
 from voicetx.cli.config import hide_passwords
 from voicetx.contract.update import parse
@@ -685,7 +685,9 @@ def test_serve_migrates_an_embedded_database(new_url: str) -> None:
 
 def test_the_program_itself_ends_with_a_sentence_and_a_status(sqlite_url: str) -> None:
     """Run as a program, what goes wrong is one line on standard error, nothing on standard output, and status 1."""
-    done = run_command(sqlite_url, "user", "show", "nobody")
+    command = [sys.executable, "-m", "voicetx", "user", "show", "nobody"]
+    environment = clean_environment(sqlite_url)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "There is no API user nobody.\n")
 
 
