@@ -275,7 +275,7 @@ async def test_pipelined_updates_are_answered_in_order(database_url: str) -> Non
 async def test_a_body_that_comes_slowly_is_waited_for(
     served: tuple[FastAPI, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A body that takes longer than a moment is waited for on the way of every request, and its update recorded."""
+    """A body that takes longer than a moment is waited for on the usual path, and its update recorded."""
     monkeypatch.setattr("voicetx.server.protocol._FAST_PATH_BODY_SECONDS", 0)
     app, address, key = served
     paths = count_requests_to(app, monkeypatch)

@@ -72,7 +72,7 @@ async def test_a_head_of_what_has_no_end_has_one(database_url: str) -> None:
 
 
 async def test_updates_have_no_head(database_url: str) -> None:
-    """The update path has no GET and no HEAD: 405, with the methods that there are, on both ways to it."""
+    """The update path has no GET and no HEAD: 405, with the methods that there are, on both paths to it."""
     async with running_app(database_url) as (app, _, key):
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://voicetx") as client:

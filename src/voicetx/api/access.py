@@ -1,6 +1,6 @@
-"""Who sends a request, and whether they may: the one place where a grant is checked.
+"""Who sends a request, and whether they may: the one place where a request without a grant is refused.
 
-Every endpoint signs its caller in and requires a grant here, and so does the dashboard.
+Every endpoint requires its grant here, and so do the dashboard and the fast path of updates.
 """
 
 from starlette.types import Scope
@@ -16,7 +16,7 @@ async def sign_in(services: Services, scope: Scope) -> ApiUser:
 
 
 def find_authorization(scope: Scope) -> bytes | None:
-    """Return the `authorization` field; empty, which is nobody's, where there are several.
+    """Return the `authorization` field; if there are several, an empty one, which signs nobody in.
 
     A proxy in front may have looked at another one than we would.
     """
@@ -31,6 +31,6 @@ def require_grant(user: ApiUser, *grants: Grant) -> None:
 
 
 def client_address(scope: Scope) -> str:
-    """Return the client's address, the one in front of trusted proxies; empty where the server knows none."""
+    """Return the client's address, the one in front of trusted proxies; empty if the server knows none."""
     client = scope.get("client")
     return str(client[0]) if client else ""

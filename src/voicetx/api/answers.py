@@ -30,7 +30,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer; `code` is the contract's, or the HTTP status for a success."""
+    """A complete answer; `code` is the contract's, or the HTTP status for a success."""
 
     status: int
     code: int
@@ -46,11 +46,11 @@ EXPECTED_ERRORS = (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException)
 
 
 class ClientGone(Exception):  # noqa: N818 - not a defect of ours
-    """The client hung up before its request was whole: there is nobody to answer."""
+    """The client hung up before its request was complete, so there is nobody to answer."""
 
 
 class AnswerCut(Exception):  # noqa: N818 - not a defect of ours
-    """An answer that has begun can't be given whole, as was foreseen and is logged: the connection ends, no more."""
+    """An answer that has begun cannot be completed, for a reason that is logged: the connection is closed."""
 
 
 def answer_success(body: bytes) -> Answer:
@@ -69,7 +69,7 @@ def answer_refusal(rejected: Rejected) -> Answer:
 
 
 def say_what_helps(rejected: Rejected) -> Headers:
-    """Return the headers that say how to be answered otherwise: when to come back, or how a body has to come."""
+    """Return the headers that help a refused client: when to come back, or in which encoding to send a body."""
     headers: Headers = ()
     if rejected.refusal is Refusal.ENCODING_NOT_SUPPORTED:
         headers += ((b"accept-encoding", b"identity"),)  # RFC 9110, section 15.5.16
@@ -89,7 +89,7 @@ def _render_challenge(challenge: Challenge | None) -> bytes:
 
 
 def name_code(code: int) -> Headers:
-    """Return the header that tells a refusal by its code, for who looks at no body; none for a success."""
+    """Return the header with a refusal's code, for clients that do not read the body; none for a success."""
     return ((b"x-voicetx-code", b"%d" % code),) if code in REFUSAL_CODES else ()
 
 
@@ -103,7 +103,7 @@ def render_refusal(refusal: Refusal, faults: Iterable[Fault] = ()) -> bytes:
 
 
 def to_rejected(error: Exception) -> Rejected:
-    """Return the refusal that an exception means; what nobody foresaw is logged and means 500."""
+    """Return the refusal that an exception means; an unexpected one is logged and means 500."""
     match error:
         case Rejected():
             return error

@@ -44,14 +44,14 @@ def choose_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def note_for_log(scope: Scope, *, code: int, user: ApiUser | None = None) -> None:
-    """Leave what only an endpoint knows where the request's log line finds it."""
+    """Note an answer's code, and the API user where one is known, for the request's log line."""
     scope.setdefault("state", {})[_LOG_NOTE] = (code, user)
 
 
 class Ended(NamedTuple):
-    """A request that has ended, for its log line: no `code` says that the client hung up before it was whole.
+    """A request that has ended, for its log line.
 
-    `started` is the performance counter's.
+    `code` is None if the client hung up before its request was complete. `started` is a time of `time.perf_counter`.
     """
 
     method: str

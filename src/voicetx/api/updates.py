@@ -1,9 +1,9 @@
 """The update endpoint: a dialer reports what became of a call.
 
-`answer_update` is the whole way of an update in the order of contract section 3: method, credential, grant, throttle,
-body, rules, store. `voicetx.server.fast_path` takes the same steps for updates that none of them keeps waiting and none
-refuses, which is what nearly all are. The FastAPI route below does the rest, and gives the path its place in the
-OpenAPI document. Nothing here knows how any of those steps is done.
+`answer_update` takes all steps of an update in the order of contract section 3: method, credential, grant, throttle,
+body, rules, store. How each step is done is not known here. `voicetx.server.fast_path` takes the same steps for
+updates that no step keeps waiting or refuses, which is true of nearly all. The FastAPI route below answers the others,
+and puts the path into the OpenAPI document.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from voicetx.contract.update import UPDATE_METHODS, UPDATE_PATH, Update, parse
 from voicetx.services import Services
 
 METHODS = frozenset(UPDATE_METHODS)
-"""Those that make a request to the update path an update."""
+"""The methods with which an update may be sent."""
 
 _REFUSED = answer_refusal(Rejected(Refusal.METHOD_NOT_SUPPORTED))
 

@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from voicetx.access.authenticator import digest_bearer
 from voicetx.access.users import ApiUser, Grant
-from voicetx.api.access import find_authorization
+from voicetx.api.access import find_authorization, require_grant
 from voicetx.api.answers import Answer, answer_error, answer_refusal
 from voicetx.api.bodies import is_encoded
 from voicetx.api.request_log import Ended, choose_request_id, log_requests
@@ -68,7 +68,7 @@ class FastPath:
 
     def _take(self) -> None:
         offered, self._offered = self._offered, []
-        recall = cache(self._services.authenticator.recall)  # of a turn most come from one dialer
+        recall = cache(self._services.authenticator.recall)  # most updates of a turn come from one dialer
         users = [_attempt(partial(self._find_dialer, request, recall)) for request in offered]
         timezone = self._services.settings.timezone
         updates = [
@@ -84,7 +84,7 @@ class FastPath:
                 submitted.outcome.add_done_callback(partial(self._collect, submitted))
 
     def _find_dialer(self, request: _Offered, recall: Callable[[bytes], ApiUser | None]) -> ApiUser | None:
-        """Return who sends a request, where that is known here and its method, size and sender may be an update's."""
+        """Return who sends an update, if that is known here; may raise what the usual path would refuse with."""
         scope = request.scope
         if scope["method"] not in METHODS or is_encoded(scope["headers"]):
             return None
@@ -93,12 +93,14 @@ class FastPath:
             return None
         credential_digest = digest_bearer(authorization)
         user = recall(credential_digest) if credential_digest is not None else None
-        return user if user is not None and Grant.TRANSACTIONS_UPDATE in user.grants else None
+        if user is not None:
+            require_grant(user, Grant.TRANSACTIONS_UPDATE)
+        return user
 
     def _submit(self, update: Update, user: ApiUser) -> "Future[Outcome]":
         try:
             return self._services.recorder.submit(update, user.api_key_id)
-        except Exception as error:  # noqa: BLE001 - the call is counted, so this is the way on which it is answered
+        except Exception as error:  # noqa: BLE001 - the throttle has counted the call, so it is answered here and not declined
             outcome: Future[Outcome] = get_running_loop().create_future()
             outcome.set_exception(error)
             return outcome
@@ -128,7 +130,7 @@ class FastPath:
 def _attempt(step: Callable[[], T]) -> T | None:
     try:
         return step()
-    except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is answered
+    except Exception:  # noqa: BLE001 - the usual path meets it again, and answers it
         return None
 
 
