@@ -31,6 +31,7 @@ from servers import Service, clean_environment, find_family, find_free_port, has
 from voicetx.access.users import Grant
 from voicetx.campaigns.deployments import Deployment, create_deployment, list_deployments
 from voicetx.campaigns.registration import register_transactions
+from voicetx.cli import live_campaigns, simulated_dialer
 from voicetx.cli import simulate as command
 from voicetx.contract.refusals import Refusal
 from voicetx.contract.update import parse
@@ -307,8 +308,9 @@ def test_a_live_campaign_goes_on_after_any_wait(
         clock.now += max(seconds, 0)
         await pause(0)
 
-    monkeypatch.setattr(command, "time", clock)
-    monkeypatch.setattr(command.asyncio, "sleep", sleep)
+    for module in (command, simulated_dialer, live_campaigns):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(live_campaigns.asyncio, "sleep", sleep)
     monkeypatch.setenv("NO_PROXY", "")  # is set by what is tested, and set back
     with HTTPServer(("127.0.0.1", 0), Throttled) as throttled, ExitStack() as stack:
         threading.Thread(target=throttled.serve_forever, daemon=True).start()
@@ -321,7 +323,7 @@ def test_a_live_campaign_goes_on_after_any_wait(
             flush=True,
         )
         monkeypatch.setattr(sys, "stdin", stack.enter_context(os.fdopen(reading)))
-        command.ring_on()
+        live_campaigns.ring_on()
     assert clock.now >= 10 * 3600
     assert "No more calls are simulated" in (said := capsys.readouterr().err)
     assert "answered 498" in said
@@ -344,7 +346,7 @@ def test_a_live_demonstration_keeps_its_last_campaigns_only(database_url: str) -
         commit_batch(connection, batch)
 
     for name in names:
-        asyncio.run(command._make_room(database_url))
+        asyncio.run(live_campaigns._make_room(database_url))
         run_on(database_url, partial(ring, name=name))
         sizes.append(file.stat().st_size)
     assert [found.deployment_id for found in find_deployments(database_url)] == [

@@ -19,8 +19,8 @@ from voicetx.access.users import AdministrationError, Grant
 from voicetx.addresses import FileAddress, read_database_url
 from voicetx.campaigns import deployments
 from voicetx.campaigns.registration import register_transactions
+from voicetx.cli.live_campaigns import accompany
 from voicetx.cli.output import CommandError, write
-from voicetx.cli.simulate import accompany
 from voicetx.contract.update import UPDATE_PATH
 from voicetx.settings import LogFormat, LogLevel, Settings
 from voicetx.storage import migrations
