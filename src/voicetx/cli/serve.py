@@ -26,7 +26,7 @@ from voicetx.settings import LogFormat, LogLevel, Settings
 from voicetx.storage import migrations
 from voicetx.storage.store import open_store
 
-_REDIS_PATIENCE_SECONDS = 2.0  # at the start; one that is slower is taken for away
+_REDIS_CHECK_SECONDS = 2.0  # a Redis that takes longer to answer at the start is taken to be away
 _DEMO_NAME = "demo"
 _DEMO_TRANSACTIONS = 100
 
@@ -54,7 +54,7 @@ async def _prepare(settings: Settings) -> None:
         from voicetx.access.redis_counts import RedisUnfit, check_redis  # noqa: PLC0415 - as in _run
 
         try:
-            await check_redis(settings.redis_url.get_secret_value(), _REDIS_PATIENCE_SECONDS)
+            await check_redis(settings.redis_url.get_secret_value(), _REDIS_CHECK_SECONDS)
         except RedisUnfit as error:
             raise CommandError(f"VOICETX_REDIS_URL: {error}.") from error
     store = open_store(settings)

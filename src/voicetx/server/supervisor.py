@@ -26,7 +26,7 @@ from voicetx.duties import Duty, held
 
 _LOOK_SECONDS = 0.5
 _BEAT_SECONDS = 0.5
-_PATIENCE_SECONDS = 60.0  # a process that starts on a busy machine must not be taken for a dead one
+_TAKEN_FOR_DEAD_SECONDS = 60.0  # without a sign of life; as long as a start may take on a busy machine
 _FAREWELL_SECONDS = 2.0  # of all processes but the last; one that takes longer ends beside the next
 _AGAIN_SECONDS = 1.0  # before a process starts again that had not got as far as serving
 
@@ -108,7 +108,7 @@ class Supervisor:
             return
         for process in seat.processes:
             process.listen(elapsed_seconds)
-            if process.silent_seconds > _PATIENCE_SECONDS:
+            if process.silent_seconds > _TAKEN_FOR_DEAD_SECONDS:
                 _log.error("process.hangs", pid=process.pid)
                 process.kill()
         self._has_served = self._has_served or seat.process.is_serving
@@ -143,7 +143,7 @@ class Supervisor:
             seat.successor = _Process(self._config, seat.listener)
         elif seat.successor.is_serving:
             old.terminate()
-        elif seat.successor.has_ended or seat.successor.age_seconds > _PATIENCE_SECONDS:
+        elif seat.successor.has_ended or seat.successor.age_seconds > _TAKEN_FOR_DEAD_SECONDS:
             _log.error("process.not_replaced", pid=old.pid, status=seat.successor.status)
             self._to_replace = []
             successor, seat.successor = seat.successor, None

@@ -31,7 +31,7 @@ from voicetx.storage.writer_process import OwnProcess, ProcessLost
 
 T = TypeVar("T")
 
-_PATIENCE_SECONDS = 86_400.0  # to wait for whoever writes to a file
+_PATIENT_WAIT_SECONDS = 86_400.0  # for another process that writes to the file
 _ROOM_BYTES = 1 << 20  # for another batch in a file's log
 _SHORT_HISTORY = 100  # read whole: that is faster than one update after the other
 _REFUSED_VALUES = (
@@ -66,7 +66,7 @@ class Embedded:
         self, path: Path, *, pool_size: int, timeout_seconds: float, has_writer: bool, is_patient: bool
     ) -> None:
         self._path = path
-        self._wait_seconds = _PATIENCE_SECONDS if is_patient else timeout_seconds
+        self._wait_seconds = _PATIENT_WAIT_SECONDS if is_patient else timeout_seconds
         self._process = OwnProcess() if has_writer else None
         self._writer = _make_writer(path, self._wait_seconds)
         self._reader = _make_engine(path, "BEGIN", pool_size, self._wait_seconds)
