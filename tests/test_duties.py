@@ -32,7 +32,7 @@ def count_failures(duty: Duty) -> float:
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no pause after a turn that failed."""
-    monkeypatch.setattr(duties, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(duties, "_AFTER_FAILURE_SECONDS", 0.0)
 
 
 async def test_a_duty_goes_on_after_any_fault_and_each_is_told() -> None:

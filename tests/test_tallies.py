@@ -256,7 +256,7 @@ async def test_folding_goes_on_after_a_failure(
         original(connection, **changes)
 
     monkeypatch.setattr(tallies, "fold", fail_once)
-    monkeypatch.setattr(services, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(services, "_BETWEEN_TURNS_SECONDS", 0.01)
     await record(store, [make_body(name) for name in IDS])
     running = services._begin_duties(store)
     while await read_changes(store) and not any(task.done() for task in running):

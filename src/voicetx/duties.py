@@ -19,7 +19,7 @@ from voicetx import metrics
 
 T = TypeVar("T")
 
-_PAUSE_SECONDS = 1.0  # after a turn that failed: one that fails at once would leave nobody else a turn
+_AFTER_FAILURE_SECONDS = 1.0  # the pause after a turn that failed, so that failures at once do not take all the time
 
 _log = structlog.get_logger(__name__)
 
@@ -92,7 +92,7 @@ async def repeat(
         if not goes_on:
             return
         if this_turn.has_failed:
-            await asyncio.sleep(max(pause_seconds, _PAUSE_SECONDS))
+            await asyncio.sleep(max(pause_seconds, _AFTER_FAILURE_SECONDS))
         elif pause_seconds:
             await asyncio.sleep(pause_seconds)
 

@@ -33,7 +33,7 @@ from voicetx.storage.store import Store, StoreUnavailable, Turn, open_store
 
 K = TypeVar("K")
 
-_PAUSE_SECONDS = 3.0
+_BETWEEN_TURNS_SECONDS = 3.0
 _KEPT_AT_ONCE = 1_000
 
 _log = structlog.get_logger(__name__)
@@ -110,8 +110,8 @@ async def _repeat(duty: Duty, work: Callable[[], Awaitable[None]]) -> None:
             await work()
         return True
 
-    await asyncio.sleep(_PAUSE_SECONDS)
-    await duties.repeat(duty, take_turn, pause_seconds=_PAUSE_SECONDS)
+    await asyncio.sleep(_BETWEEN_TURNS_SECONDS)
+    await duties.repeat(duty, take_turn, pause_seconds=_BETWEEN_TURNS_SECONDS)
 
 
 async def _fold(folder: Folder) -> None:

@@ -23,7 +23,7 @@ from voicetx.storage.sqlite import Embedded
 T = TypeVar("T")
 
 _GRACE_SECONDS = 5.0  # for a cancelled commit to end, a disk to be slow, and clocks to differ
-_PAUSE_SECONDS = 0.05  # at most, before work is run again
+_LONGEST_RETRY_PAUSE_SECONDS = 0.05  # before work is run again
 
 
 class StoreUnavailable(Exception):  # noqa: N818 - a state of the world, named as one
@@ -179,7 +179,7 @@ class Store:
                     raise
                 if failure.cause is Cause.CONFLICT and time.monotonic() < give_up_at:
                     # Spread out, so that two processes don't meet again in the same place.
-                    pause_seconds = min(_PAUSE_SECONDS, 0.005 * attempt)
+                    pause_seconds = min(_LONGEST_RETRY_PAUSE_SECONDS, 0.005 * attempt)
                     await asyncio.sleep(random.uniform(0, pause_seconds))  # noqa: S311 - not for secrets
                 elif failure.cause is Cause.LOST and not has_reconnected:
                     has_reconnected = True
