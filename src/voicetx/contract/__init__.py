@@ -1,1 +1,1 @@
-"""What goes over the wire and which update wins: pure, without a database and without HTTP."""
+"""What goes over the wire, and which update wins. Pure: it needs neither a database nor HTTP."""

@@ -1,9 +1,10 @@
-"""Times of calls in an hour that comes twice: local time as clocks show it, which in autumn are set back.
+"""Calls during which clocks were set back, as happens every autumn: their times are local time, and an hour comes twice.
 
-A call from 02:59:30 to 02:00:10 has lasted 40 seconds where clocks went from 03:00 back to 02:00 meanwhile. Times come
-without a zone, so that is known by the end that stands before its start, and by the zone of the API user who sent them.
-What it takes to tell the length and the order of such times later, without the zone, is one text, `set_back`. Pure
-functions of texts `YYYY-MM-DD HH:MM:SS.SSS`. Source: docs/contract.md, sections 2 and 5.
+A call from 02:59:30 to 02:00:10 lasted 40 seconds if clocks went from 03:00 back to 02:00 during it. Times come without
+a zone. We recognise such a call because its end looks earlier than its start, and because clocks were set back between
+the two in the time zone of the API user who sent it. The text `set_back` keeps what is needed to work out the length
+and the order of such calls later, without the zone. Pure functions of texts `YYYY-MM-DD HH:MM:SS.SSS`. Source:
+docs/contract.md, sections 2 and 5.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -13,9 +14,9 @@ _SECOND = timedelta(seconds=1)
 
 
 def find_set_back(start: str, end: str, time_zone: str) -> str | None:
-    """Return how clocks were set back between a start and an end before it, or None where they were not.
+    """Return how clocks were set back during a call whose end looks earlier than its start, or None if they were not.
 
-    It is the last moment before, as clocks showed it, a space, and the seconds by which they were set back.
+    The text is the last moment that clocks showed before the change, a space, and the seconds they were set back by.
     """
     ends = datetime.fromisoformat(end).replace(tzinfo=ZoneInfo(time_zone), fold=1)
     starts = datetime.fromisoformat(start).replace(tzinfo=ends.tzinfo)
@@ -35,12 +36,15 @@ def find_set_back(start: str, end: str, time_zone: str) -> str | None:
 
 
 def place_end(start: str, end: str, set_back: str | None) -> str:
-    """Return what an end is ordered by: after those that clocks showed before they were set back, before all later."""
+    """Return the text that an end is sorted by.
+
+    An end after clocks were set back comes after every end before the change, and before every later end.
+    """
     return end if end >= start else f"{set_back or start} {end}"
 
 
 def measure_seconds(start: str, end: str, set_back: str | None) -> int:
-    """Return the whole seconds from a start to its end."""
+    """Return how long a call or transfer took, in whole seconds."""
     length = (datetime.fromisoformat(end) - datetime.fromisoformat(start)) // _SECOND
     return length if end >= start or set_back is None else length + int(set_back.rpartition(" ")[2])
 

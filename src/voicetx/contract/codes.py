@@ -1,8 +1,8 @@
 """Call states and drop codes: the one table of what each means.
 
-All that the service says or decides by a code is read from here: which codes an update may have, whether a call is
-over, whether a state and a code contradict each other, and the words on pages and in reports. docs/contract.md has the
-same table of drop codes, and a test compares the two. Source: docs/contract.md, sections 2 and 5.
+Everything that the service says or decides about a code comes from here: which codes an update may have, whether a call
+is over, whether a state and a code contradict each other, and the words on pages and in reports. docs/contract.md has
+the same table of drop codes, and a test compares the two. Source: docs/contract.md, sections 2 and 5.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class Timing(StrEnum):
 
 
 class CallState(NamedTuple):
-    """How far a call got: in words, and whether a person answered it, or whether it may still be going on."""
+    """How far a call got, in words; whether a person answered it; and whether it may still be going on."""
 
     text: str
     is_answered: bool = False
@@ -38,10 +38,10 @@ class CallState(NamedTuple):
 
 
 class DropCode(NamedTuple):
-    """How a call ended: in words, what that means, and whether it happens before or after an answer.
+    """How a call ended, in words; what that means; and whether it happens before or after an answer.
 
-    A code that is no end is also reported during a call, so it says that the call is over only together with a state
-    that is not under way.
+    A code without `is_end` is also reported during calls. Such a code means that the call is over only if the call
+    state is not under way either.
     """
 
     text: str
@@ -77,19 +77,19 @@ DROP_CODES: Mapping[str, DropCode] = {
     "2006": DropCode("application reject (incomplete)", Meaning.LINE_FAULT, Timing.ANY_TIME),
     "2020": DropCode("other", Meaning.UNKNOWN, Timing.ANY_TIME, is_end=False),
 }
-"""The drop codes of the contract, in its order. The contract names the codes; what they mean, we decided."""
+"""The drop codes of the contract, in its order. The contract names the codes; their meanings are our decision."""
 
 if TYPE_CHECKING:
     WireCallState = str
     WireDropCode = str
 else:
-    # To pydantic and typer these are choices; a type checker wants each choice written out, a second time.
+    # Pydantic and typer read the choices from the tables; a type checker would need each choice written out again.
     WireCallState = Literal[tuple(CALL_STATES)]
     WireDropCode = Literal[tuple(DROP_CODES)]
 
-# Asked of every update that is recorded, so looked up in sets.
+# These are checked for every update that is recorded, so they are sets.
 ANSWERED_STATES = frozenset(code for code, state in CALL_STATES.items() if state.is_answered)
-"""The call states of a call that a person answered."""
+"""The call states that mean a person answered."""
 
 _UNDER_WAY_STATES = frozenset(code for code, state in CALL_STATES.items() if state.is_under_way)
 _ENDS = frozenset(code for code, drop in DROP_CODES.items() if drop.is_end)
@@ -100,8 +100,8 @@ _ONLY_AFTER_ANSWER = frozenset(code for code, drop in DROP_CODES.items() if drop
 def is_final(call_state: str, drop_code: str) -> bool:
     """Say whether an update tells how a call ended.
 
-    Every update has a drop-code, also one during the call. A call that is being dialled, alerts or connects, and drops
-    for "other" or even with success, is still under way.
+    Every update has a drop-code, even one that is sent during the call. So a call that is being dialled, alerting or
+    connecting is still under way if its drop code is "other" or "success".
     """
     return call_state not in _UNDER_WAY_STATES or drop_code in _ENDS
 
@@ -115,7 +115,7 @@ def contradicts(call_state: str, drop_code: str) -> bool:
 
 
 def list_choices(codes: Mapping[str, CallState] | Mapping[str, DropCode]) -> str:
-    """Return a table's codes and their words as one rule: 1 (expired or suspended), ... or 6 (trombone)."""
+    """Return the codes of a table with their words as one rule: 1 (expired or suspended), ... or 6 (trombone)."""
     *first, last = (f"{code} ({_drop_brackets(row.text)})" for code, row in codes.items())
     return f"{', '.join(first)} or {last}"
 

@@ -1,8 +1,8 @@
-"""The fields of an update: what each may hold, what it is to privacy, and how it is called.
+"""The fields of an update: what each may hold, how personal it is, and what it is called.
 
-A field is declared in `UpdateBody`, and nowhere else. All that has to know the fields reads them from here: the checks
-of `voicetx.contract.update`, the columns of `voicetx.storage.schema`, what is hidden or forgotten, exports, pages and
-the OpenAPI document. CONTRIBUTING.md says how a field is added. Source: docs/contract.md, section 2.
+Fields are declared in `UpdateBody` and nowhere else. Everything that needs to know them reads them from here: the
+checks of `voicetx.contract.update`, the columns of `voicetx.storage.schema`, what is hidden or erased, exports, pages
+and the OpenAPI document. CONTRIBUTING.md says how to add a field. Source: docs/contract.md, section 2.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _MOMENT_RULE = "a real date and time written YYYY-MM-DD HH:MM:SS.SSS"
 
 
 class Privacy(Enum):
-    """What a field is to privacy: declared once, where the field is, and heeded wherever values are shown or forgotten.
+    """How personal a field is. It is declared with the field, and followed wherever values are shown or erased.
 
     Source: docs/decisions/0013-what-is-hidden.md.
     """
@@ -39,7 +39,7 @@ class Privacy(Enum):
 
 @lru_cache(maxsize=1024)
 def _is_real_date(text: str) -> bool:
-    """Say whether YYYY-MM-DD names a day of the calendar; calls of one campaign share a few days."""
+    """Say whether YYYY-MM-DD is a day of the calendar. Cached, since the calls of a campaign share a few days."""
     try:
         date.fromisoformat(text)
     except ValueError:
@@ -54,7 +54,7 @@ def _check_moment(text: str) -> str:
 
 
 def _rule(rule: str, *, example: str, pattern: str | None = None, max_length: int | None = None) -> Any:
-    """Describe a field by its rule; `errors` answers with the same words."""
+    """Describe a field by its rule; the `errors` of an answer use the same words."""
     return Field(description=rule, examples=[example], pattern=pattern, max_length=max_length)
 
 
@@ -62,7 +62,7 @@ Moment = Annotated[str, Privacy.NOTHING, _rule(_MOMENT_RULE, example="2014-08-26
 
 
 class _Body(BaseModel):
-    """What every body keeps to: each of its fields says what it is to privacy, or the class is not made."""
+    """A body whose fields all declare their `Privacy`: defining a class with a field that does not raises TypeError."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -207,19 +207,19 @@ def _wire(name: str) -> str:
 
 
 WIRE_NAMES: Mapping[str, str] = {name: _wire(name) for name in UpdateBody.model_fields}
-"""The fields of section 2 in the order of the contract: the name in Python and the one on the wire."""
+"""The fields of section 2 in the order of the contract: from the name in Python to the name on the wire."""
 
 PYTHON_NAMES: Mapping[str, str] = {wire: name for name, wire in WIRE_NAMES.items()}
-"""The same the other way round."""
+"""The same fields, from the name on the wire to the name in Python."""
 
 TROMBONE_NAMES = frozenset({"trombone-starttime", "trombone-endtime"})
-"""The wire names of what applies to a transferred call only."""
+"""The wire names of the fields that only apply to transferred calls."""
 
 START_NAMES: Mapping[str, str] = {"call-endtime": "call-starttime", "trombone-endtime": "trombone-starttime"}
-"""The start that each end belongs to, by their wire names."""
+"""For the wire name of each end, the wire name of its start."""
 
 PRIVACY: Mapping[str, Privacy] = {name: _list_privacy(UpdateBody, name)[0] for name in WIRE_NAMES}
-"""What each field is to privacy, by its name in Python."""
+"""How personal each field is, by its name in Python."""
 
 
 def describe_rule(wire: str) -> str:

@@ -1,7 +1,6 @@
-"""Transaction and deployment ids: what they may look like, wherever one comes in.
+"""Transaction and deployment ids: what they may look like, whether one comes from a request, a file or the database.
 
-Transactions and deployments keep to the same rule. Pure; a database, a path or a file may bring the text. Source:
-docs/contract.md, section 2.
+Transactions and deployments follow the same rule. Pure. Source: docs/contract.md, section 2.
 """
 
 import re
@@ -10,13 +9,13 @@ from typing import Annotated
 from pydantic import Field
 
 ID_RULE = "1 to 128 visible ASCII characters"
-"""The rule in words, as refusals and documents say it."""
+"""The rule in words, used by refusals and documents."""
 
 _PATTERN = r"[\x21-\x7e]{1,128}"
 _ID = re.compile(_PATTERN)
 
 TransactionId = Annotated[str, Field(description=ID_RULE, examples=["demo-001"], pattern=f"^{_PATTERN}$")]
-"""The type of a transaction's id in a model, which refuses what is none."""
+"""The type of a transaction's id in pydantic models, which refuse anything else."""
 
 
 def is_id(text: str) -> bool:
@@ -25,5 +24,8 @@ def is_id(text: str) -> bool:
 
 
 def is_step(text: str) -> bool:
-    """Say whether clients remove this from a path, escaped or not (RFC 3986, 5.2.4), so that nobody can ask for it."""
+    """Say whether an id is `.` or `..`: clients remove these from paths, escaped or not (RFC 3986, section 5.2.4).
+
+    No request can ask for such an id.
+    """
     return text in {".", ".."}

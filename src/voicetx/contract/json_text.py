@@ -1,7 +1,7 @@
-"""JSON as RFC 8259 has it: read from the bytes of a body, or refused (1001) with the reason and the place.
+"""Read JSON (RFC 8259) from the bytes of a body, or refuse it (1001) with the reason and the place.
 
-A reason never quotes what was sent: the parser's words for what it met stand here with ours for each, and no other gets
-through. Knows neither what a body means nor how it came. Source: docs/contract.md, section 2.
+A reason never quotes what was sent: only those of the parser's messages that are listed here are passed on, each in
+our own words. Source: docs/contract.md, section 2.
 """
 
 import re
@@ -14,12 +14,12 @@ from voicetx.contract.refusals import Fault, Refusal, Rejected
 
 _GZIP = b"\x1f\x8b"
 _OTHER_MARKS = (
-    (BOM_UTF32_LE, "UTF-32"),  # before UTF-16's, with which it begins
+    (BOM_UTF32_LE, "UTF-32"),  # has to come before UTF-16's mark, because it begins with the same bytes
     (BOM_UTF32_BE, "UTF-32"),
     (BOM_UTF16_LE, "UTF-16"),
     (BOM_UTF16_BE, "UTF-16"),
 )
-_WHITE_SPACE = b" \t\r\n"  # as RFC 8259, section 2 has it
+_WHITE_SPACE = b" \t\r\n"  # RFC 8259, section 2
 
 _PLACED = re.compile(r"(.+) at line (\d+) column (\d+)", re.DOTALL)
 _MET = {
@@ -52,7 +52,7 @@ def strip_mark(body: bytes) -> bytes:
 
 
 def read_json(body: bytes) -> Any:
-    """Return what a body holds; raises `Rejected` (1001) where that is not JSON."""
+    """Return what a body holds. Raises `Rejected` (1001) if it is not JSON."""
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -60,7 +60,7 @@ def read_json(body: bytes) -> Any:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """Return the object that a body holds; raises `Rejected` (1001) where it holds anything else."""
+    """Return the object that a body holds. Raises `Rejected` (1001) if it holds anything else."""
     raw = read_json(body)
     if type(raw) is not dict:
         raise refuse_kind(raw, "an object")
@@ -68,12 +68,12 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 def refuse_kind(raw: Any, wanted: str) -> Rejected:
-    """Return the refusal of a body that holds JSON of another kind than is wanted."""
+    """Return the refusal of a body that holds another kind of JSON than the one wanted."""
     return refuse_json(f"must be {wanted}, not {_KINDS.get(type(raw), 'a number')}")
 
 
 def refuse_json(reason: str) -> Rejected:
-    """Return the refusal of a body as a whole: a fault of no field."""
+    """Return the refusal of a body as a whole, with a fault that names no field."""
     return Rejected(Refusal.INVALID_JSON, [Fault("", reason)])
 
 
@@ -93,7 +93,7 @@ def _explain(body: bytes, error: str) -> str:
     if placed is None or placed[1] not in _MET:
         return "must be JSON"
     line, column = int(placed[2]), int(placed[3])
-    if column == 0:  # how the parser counts a line break: we take it to be the last character of its line
+    if column == 0:  # the parser counts a line break as column 0 of the next line; we call it the end of its own line
         line -= 1
         column = len(body.split(b"\n", line)[line - 1]) + 1
     return f"must be JSON: {_MET[placed[1]]} at line {line}, column {column}"

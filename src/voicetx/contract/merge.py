@@ -1,7 +1,7 @@
-"""Which update wins: the pure rules that make one transaction of updates that came in any order, any number of times.
+"""Which update wins: the rules that merge updates into one transaction, whatever their order and however often they come.
 
-Used by `voicetx.recording.recorder` between reading the rows of a batch and writing them back. No I/O, no clock, no
-database. Source: docs/contract.md, section 5.
+`voicetx.recording.recorder` uses them between reading the rows of a batch and writing them back. Pure: no I/O, no
+clock, no database. Source: docs/contract.md, section 5.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,9 +17,10 @@ from voicetx.contract.update import Position, Update
 class Transaction(NamedTuple):
     """A transaction as its updates have made it.
 
-    `fields` by Python name; `position` is the place of the newest update in the total order, None while nothing was
-    reported; `updates` counts the different updates, repeats not among them. `older` has, for each field that the
-    newest update did not give, the place of the one that gave it: so a late update finds its own without the history.
+    `fields` are by Python name. `position` is the position of the newest update in the total order, None while nothing
+    was reported. `updates` counts the different updates, without repeats. `older` has, for each field that the newest
+    update did not give, the position of the update that gave it: so a late update can be merged without reading the
+    history.
     """
 
     transaction_id: str
@@ -35,14 +36,15 @@ class Transaction(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Say whether something was reported, and it says that the call is over."""
+        """Say whether an update was reported and the call is over."""
         return self.position is not None and is_final(self.fields["call_state"], self.fields["drop_code"])
 
 
 def apply(transaction: Transaction, update: Update) -> Transaction:
     """Return the transaction with one more update, which must not be a repeat.
 
-    Whatever the order in which updates come, each field shows what the last one of the newest attempt to give it gave.
+    Whatever the order in which updates come, each field has the value from the last update that gave it, by position,
+    among those of the newest attempt.
     """
     shown, position, updates = transaction.position, update.position, transaction.updates + 1
     if shown is None or position.attempt > shown.attempt:
@@ -62,5 +64,5 @@ def apply(transaction: Transaction, update: Update) -> Transaction:
 
 
 def fold(transaction_id: str, history: Iterable[Update]) -> Transaction:
-    """Return the transaction that a whole history makes; it holds no repeats, and its order is of no matter."""
+    """Return the transaction that results from a whole history, which is in any order and has no repeats."""
     return reduce(apply, sorted(history, key=attrgetter("position")), Transaction(transaction_id))

@@ -1,10 +1,9 @@
-"""What is personal in an update, and how it is hidden: numbers and the digits that a person pressed.
+"""What is personal in an update, and how it is hidden: phone numbers, and the digits that a person pressed.
 
-Pure functions on texts and bodies, for whoever shows them (`voicetx.reading`) and for whoever has to forget a
-number (`voicetx.campaigns.erase`). What a field of the contract is to privacy, `voicetx.contract.fields` declares.
-A body keeps all the rest to the letter, so it is read token by token and never parsed and written anew: names given
-twice, spacing and numbers that no parser can hold stay as they came. Knows neither HTTP nor the database. Source:
-docs/decisions/0013-what-is-hidden.md.
+Pure functions on texts and bodies, used to show them (`voicetx.reading`) and to erase a number
+(`voicetx.campaigns.erase`). How personal a field of the contract is, `voicetx.contract.fields` declares. Everything
+else in a body stays exactly as it came, including repeated names, spacing and numbers too large for any parser. That is
+why a body is changed token by token, and not parsed and written again. Source: docs/decisions/0013-what-is-hidden.md.
 """
 
 import hashlib
@@ -20,12 +19,12 @@ _PRIVACY = {WIRE_NAMES[name]: privacy for name, privacy in PRIVACY.items()}
 _PERSONAL = frozenset(name for name, privacy in _PRIVACY.items() if privacy in {Privacy.PARTY, Privacy.KEYS})
 
 _SHOWN_DIGITS = 2
-_FEWEST_DIGITS = 7  # of what is taken for a number wherever it stands
+_FEWEST_DIGITS = 7  # so many digits are taken for a phone number in any text
 _FEWEST_TO_FORGET = 5  # shorter ones are codes: the contract's own have four digits
 _MOST_TO_FORGET = 32
 _MOST_OF_A_NUMBER = 15  # ITU-T E.164
 
-# Brackets, dots, dashes; apostrophes, as in Switzerland; middle dots, as in Japan; what nobody sees.
+# Brackets, dots and dashes; apostrophes (used in Switzerland); middle dots (used in Japan); invisible characters.
 _CONNECTORS = (
     r"().\-_\u2010-\u2015\u2212"
     r"'\u02bc\u2018\u2019\u2032\uff07"
@@ -47,14 +46,14 @@ _SQUEEZED = str.maketrans("", "", " \t\n\r\v\f\x1c\x1d\x1e\x1f().-/_'")
 _TOKEN = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}\[\]]|[^\s{}\[\],:"]+', re.DOTALL)
 
 Change = Callable[[str, str], str]
-"""From the name of a field (empty for what is no field's value) and a text to what is shown in its place."""
+"""Takes the name of a field (empty for a text that is not a field's value) and a text; returns the text to show."""
 
 
 def mask_field(name: str, value: str) -> str:
-    """Return a field's value, by its wire name, with what is personal in it hidden behind asterisks.
+    """Return the value of a field, given by its wire name, with asterisks in place of what is personal.
 
-    Of a number the last two digits are left; of a party every letter and digit else is hidden, and every digit that was
-    pressed. In other texts whatever looks like a number is hidden: seven digits or more, however they are set.
+    The last two digits of a number stay. Every other letter and digit of a party is hidden, and so is every digit that
+    was pressed. In other texts, anything that looks like a number is hidden: seven or more digits, however separated.
     """
     match _PRIVACY.get(name):
         case Privacy.PARTY:
@@ -64,12 +63,12 @@ def mask_field(name: str, value: str) -> str:
         case Privacy.IDENTITY:
             return value
         case _:
-            # Codes and times too: a body may give a field twice, and the first of the two is held to no rule.
+            # Codes and times are masked too: if a body gives a field twice, the first value was never checked.
             return value if _MOMENT.fullmatch(value) else _LOOKS_LIKE_A_NUMBER.sub(_mask_number, value)
 
 
 def mask_body(body: str) -> str:
-    """Return a body with what is personal in it hidden, at any depth and in names too; still JSON."""
+    """Return a body, still JSON, with everything personal hidden, at any depth and in names too."""
     return _rewrite(body, mask_field)
 
 
@@ -85,9 +84,9 @@ def read_number(text: str) -> str:
 
 
 def forget_in_text(digits: str, text: str) -> str:
-    """Return the text with every digit of the number hidden, wherever it holds the number, however that is set.
+    """Return the text with the digits of the number hidden wherever it stands, however its digits are separated.
 
-    A number that is part of a longer one is another number.
+    Where the digits are part of a longer number, that is another number, and it stays.
     """
     if not _may_hold(digits, text) or _MOMENT.fullmatch(text):
         return text
@@ -100,7 +99,7 @@ def forget_in_text(digits: str, text: str) -> str:
 
 
 def forget_in_body(digits: str, body: str) -> str:
-    """Return the body with the number hidden at any depth, in names too, but for the transaction's own id."""
+    """Return the body with the number hidden at any depth and in names too, except in the transaction's own id."""
     if "\\" not in body and not _may_hold(digits, body):
         return body
 
@@ -111,7 +110,10 @@ def forget_in_body(digits: str, body: str) -> str:
 
 
 def digest_number(digits: str) -> str:
-    """Return 16 bits of a number's SHA-256: who knows the number finds it again, who does not can't (decision 14)."""
+    """Return 16 bits of a number's SHA-256: enough to recognise a known number, too few to find an unknown one.
+
+    Source: decision 14.
+    """
     return hashlib.sha256(digits.encode()).hexdigest()[:4]
 
 
@@ -145,16 +147,16 @@ def _read_digits(text: str) -> str | None:
 
 
 def _may_hold(digits: str, text: str) -> bool:
-    """Say, fast, whether a text is worth a closer look."""
+    """Say quickly whether a text may hold the number, so that most texts need no closer look."""
     return digits in text.translate(_SQUEEZED) or not text.isascii()
 
 
 def _find(digits: str, text: str) -> Iterator[tuple[int, int]]:
     """Yield where the number stands in a text."""
-    # Of the same length: what is found is where it was.
+    # This keeps the length of the text, so a number stands at the same place in both.
     plain = text if text.isascii() else "".join(str(unicodedata.decimal(character, character)) for character in text)
     one = _read_digits(plain)
-    # More digits than a number has are several numbers; a table's program writes a number as a fraction.
+    # More digits than one number can have are several numbers. Spreadsheets write a number as a fraction, such as 5.0.
     is_another = one is not None and one != digits and len(one) <= _MOST_OF_A_NUMBER and plain != f"{digits}.0"
     if is_another:
         return
@@ -164,10 +166,10 @@ def _find(digits: str, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_part(digits: str, text: str, start: int, end: int) -> bool:
-    """Say whether what stands from `start` to `end` belongs to a longer number.
+    """Say whether the digits from `start` to `end` belong to a longer number.
 
-    A plus sign begins a number; dashes, dots, apostrophes and brackets connect its parts. A space may or may not: then
-    it is taken for the end, since too little hidden is worse than too much.
+    A plus sign begins a number; dashes, dots, apostrophes and brackets connect its parts. A space may connect parts or
+    separate numbers. It is taken to separate them, because hiding too little is worse than hiding too much.
     """
     if _BEGUN_BEFORE.search(text, max(0, start - _NEARBY), start):
         return True
@@ -183,12 +185,13 @@ def _compile(digits: str) -> re.Pattern[str]:
 
 
 def _rewrite(body: str, change: Change) -> str:
-    """Return JSON with each string, number and name as `change` makes it, and all else as it was to the letter.
+    """Return JSON with each string, number and name replaced by what `change` returns, and the rest exactly as it was.
 
-    What stands anywhere below a party's name or that of digits pressed goes by it, below any other name by none.
+    Values nested anywhere in a party or in pressed digits are treated as that field; nested in any other field, they
+    are treated as no field's.
     """
     around: list[str] = []  # the field that each open object or array belongs to
-    pending: str | None = None  # the name that was read last, and whose value comes next
+    pending: str | None = None  # the field whose name was just read and whose value comes next
 
     def replace(token: re.Match[str]) -> str:
         nonlocal pending

@@ -1,7 +1,7 @@
-"""The table of answers: every way in which a request is refused, and the one exception that says so.
+"""The table of answers: every way in which a request is refused, and the one exception for it.
 
-Any step on the way of an update may raise `Rejected`; `voicetx.api.answers` alone turns it into bytes. This module
-knows neither HTTP machinery nor the database: it is the table of contract section 3 and nothing else.
+Any step of handling an update may raise `Rejected`; only `voicetx.api.answers` turns it into bytes. This module is the
+table of contract section 3 and nothing else.
 
     Exception
      +-- Rejected       a refusal that the contract has a code for
@@ -23,7 +23,7 @@ class Fault:
 class Refusal(Enum):
     """Each code of contract section 3 with its HTTP status and its description, verbatim.
 
-    The last rows are not of the user's table; they use its shape with the HTTP status as the code.
+    The last rows, from NOT_FOUND on, are not in the user's table. They use its shape, with the HTTP status as the code.
     """
 
     NOT_PROCESSED = (200, 1010, "The request was not processed.")
@@ -59,7 +59,8 @@ class Refusal(Enum):
 class Challenge(Enum):
     """What is wrong with a credential: the error of RFC 6750, section 3.1, and a sentence.
 
-    Who sent no credential made no error (same section). The sentences hold no quote and no backslash (section 3).
+    A request without a credential gets no error (same section). The sentences must not hold quotes or backslashes
+    (section 3).
     """
 
     NO_HEADER = (None, "There is no authorization header.")
@@ -78,8 +79,8 @@ class Challenge(Enum):
 class Rejected(Exception):  # noqa: N818 - it names what happened to the request, not a defect
     """A refusal: which row of the table, the fields at fault in body order, and when a retry can help.
 
-    `retry_after_seconds` is a whole number of seconds, or None where a retry by itself changes nothing.
-    `challenge` says what is wrong with a credential.
+    `retry_after_seconds` is a whole number of seconds, or None if a retry alone would change nothing.
+    `challenge` says what is wrong with the credential.
     """
 
     def __init__(

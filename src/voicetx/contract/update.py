@@ -1,9 +1,8 @@
-"""An update: `parse` makes an `Update` of a request's body, or says exactly why not.
+"""An update: `parse` turns a request's body into an `Update`, or says exactly why it can't.
 
-First step of an update once its caller is let in: bytes come in here, an immutable `Update` goes on to
-`voicetx.recording.recorder`. What each field may hold is declared in `voicetx.contract.fields`. Here, and nowhere else,
-the hyphenated names of the wire become Python's. The module knows neither HTTP nor the database. Source:
-docs/contract.md, sections 1 and 2.
+This is the first step once the caller is let in: the bytes of a body become an immutable `Update`, which goes on to
+`voicetx.recording.recorder`. What each field may hold is declared in `voicetx.contract.fields`. Only here do the
+hyphenated names of the wire become Python names. Pure. Source: docs/contract.md, sections 1 and 2.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ _NAMES_WITHOUT_TROMBONE = {wire: name for wire, name in PYTHON_NAMES.items() if 
 
 
 class Position(NamedTuple):
-    """The place of an update in the total order of contract section 5; `call_endtime` as `place_end` has it."""
+    """The position of an update in the total order of contract section 5; `call_endtime` is what `place_end` returns."""
 
     attempt: int
     call_endtime: str
@@ -47,10 +46,10 @@ class Position(NamedTuple):
 class Update(NamedTuple):
     """One update that keeps every rule.
 
-    `fields` are those that apply to the transaction, by Python name, trimmed, without the transaction id; with
-    `set_back` (see `voicetx.contract.clocks`) where it ended before it began, for clocks were set back meanwhile.
-    `digest` (16 bytes) is the same for two updates with the same fields and values after trimming, unknown ones
-    included, whatever their order and spacing. `body` is the text as received, without a byte order mark.
+    `fields` are those that apply to the transaction, by Python name, trimmed, without the transaction id. They include
+    `set_back` (see `voicetx.contract.clocks`) if clocks were set back during the call. `digest` (16 bytes) is the same
+    for two updates that have the same fields and values after trimming, whatever their order and spacing; fields that
+    the contract does not list count too. `body` is the text as received, without a byte order mark.
     """
 
     transaction_id: str
@@ -60,15 +59,15 @@ class Update(NamedTuple):
 
     @property
     def digest(self) -> bytes:
-        """What tells a repeat from another update of the same transaction."""
+        """The digest, by which a repeat is told from another update of the same transaction."""
         return self.position.digest
 
 
 def parse(body: bytes, time_zone: str = "UTC") -> Update:
-    """Make an update of a request's body, whose times are read in a time zone (an IANA name).
+    """Turn a request's body into an update; its times are read in a time zone (an IANA name).
 
-    Raises `Rejected` with code 1001, 1002 or 499, in this precedence, and with one fault for every field concerned, in
-    body order, or one of no field where the body as a whole is at fault.
+    Raises `Rejected` with code 1001, 1002 or 499, in this order of precedence, with one fault for each field concerned,
+    in body order. If the body as a whole is at fault, there is one fault, which names no field.
     """
     body = strip_mark(body)
     raw = read_object(body)
@@ -89,9 +88,9 @@ def parse(body: bytes, time_zone: str = "UTC") -> Update:
 
 
 def restore(body: str, set_back: str | None = None) -> Update:
-    """Make an update of a body that was accepted before, without judging it again.
+    """Turn a body that was accepted before into an update, without checking it again.
 
-    Where it ended in an hour that came twice, `set_back` gives it its place (see `voicetx.contract.clocks`).
+    `set_back` is needed for its position if clocks were set back during the call (see `voicetx.contract.clocks`).
     """
     encoded = body.encode()
     given, has_only_text = _collect_given(from_json(encoded))
@@ -106,7 +105,10 @@ _VALIDATORS: Mapping[type[UpdateBody], Callable[[Any], Any]] = {
 def _excuse(
     errors: Iterable[ErrorDetails], given: Mapping[str, Any], time_zone: str
 ) -> tuple[list[ErrorDetails], str | None]:
-    """Return the errors but for ends before a start between which clocks were set back, and how they were."""
+    """Drop the errors about ends that only look too early because clocks were set back.
+
+    Return the other errors, and how clocks were set back, or None.
+    """
     left: list[ErrorDetails] = []
     found: str | None = None
     for error in errors:
@@ -121,9 +123,9 @@ def _excuse(
 
 
 def _collect_given(raw: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Return the fields that are given, trimmed, and whether all of them are text.
+    """Return the fields that are given, trimmed, and whether all of them are strings.
 
-    Raises `Rejected` (1001) where a field of the contract holds something else than a string.
+    Raises `Rejected` (1001) if a field of the contract holds anything but a string.
     """
     given: dict[str, Any] = {}
     has_only_text = True
@@ -167,7 +169,7 @@ def _digest(given: Mapping[str, Any]) -> bytes:
 
 
 def _read_exactly(body: str) -> dict[str, Any]:
-    """Read a body with every number as the text that was sent: two numbers never look the same by rounding."""
+    """Read a body, keeping every number as the text that was sent, so that rounding never makes two numbers equal."""
     raw: dict[str, Any] = json.loads(body, parse_int=_keep_number, parse_float=_keep_number)
     return raw
 
@@ -197,7 +199,7 @@ def _holds_nul(value: Any) -> bool:
 
 
 def _reject(errors: Iterable[ErrorDetails], nul_faults: Iterable[Fault], raw: Mapping[str, Any]) -> NoReturn:
-    """Raise 1002 for what is missing or else 499 for what breaks a rule."""
+    """Raise 1002 if fields are missing, else 499 for the fields that break a rule."""
     missing: list[Fault] = []
     faults: dict[str, Fault] = {}
     for error in errors:
