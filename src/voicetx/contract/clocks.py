@@ -1,4 +1,4 @@
-"""Calls during which clocks were set back, as happens every autumn: their times are local time, and an hour comes twice.
+"""Calls during which clocks were set back, as happens every autumn: in local time, one hour then comes twice.
 
 A call from 02:59:30 to 02:00:10 lasted 40 seconds if clocks went from 03:00 back to 02:00 during it. Times come without
 a zone. We recognise such a call because its end looks earlier than its start, and because clocks were set back between
@@ -38,7 +38,7 @@ def find_set_back(start: str, end: str, time_zone: str) -> str | None:
 def place_end(start: str, end: str, set_back: str | None) -> str:
     """Return the text that an end is sorted by.
 
-    An end after clocks were set back comes after every end before the change, and before every later end.
+    The end of a call during which clocks were set back sorts after all times up to the change, and before later ones.
     """
     return end if end >= start else f"{set_back or start} {end}"
 

@@ -1,4 +1,4 @@
-"""Which update wins: the rules that merge updates into one transaction, whatever their order and however often they come.
+"""Which update wins: the rules that merge updates into one transaction, in whatever order and how often they come.
 
 `voicetx.recording.recorder` uses them between reading the rows of a batch and writing them back. Pure: no I/O, no
 clock, no database. Source: docs/contract.md, section 5.

@@ -34,7 +34,7 @@ _NAMES_WITHOUT_TROMBONE = {wire: name for wire, name in PYTHON_NAMES.items() if 
 
 
 class Position(NamedTuple):
-    """The position of an update in the total order of contract section 5; `call_endtime` is what `place_end` returns."""
+    """The position of an update in the total order of contract section 5; `place_end` makes its `call_endtime`."""
 
     attempt: int
     call_endtime: str
