@@ -1,1 +1,1 @@
-"""An update on its way to the disk, together with those that came in beside it."""
+"""How updates reach the disk: merged, in batches, and acknowledged once committed."""

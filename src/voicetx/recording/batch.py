@@ -1,7 +1,7 @@
 """The rows of a batch: updates and transactions as the database keeps them, and back.
 
-Between `voicetx.recording.recorder`, which has updates and decides by the merge what they make of a transaction, and
-`voicetx.storage.statements`, which reads and writes rows. What a row is to the reports is written along with it
+It translates between `voicetx.recording.recorder`, which merges updates into transactions, and
+`voicetx.storage.statements`, which reads and writes rows. With each row goes what it changes in the reports' counts
 (`voicetx.counting.tallies`).
 """
 
@@ -33,13 +33,13 @@ class Received(NamedTuple):
 class Batch(tuple[Received, ...]):
     """Updates that are to be recorded together.
 
-    Pickled as plain tuples: named ones, each for itself, take the process that serves nearly three times as long.
+    It is pickled as plain tuples: pickling each named tuple takes the serving process nearly three times as long.
     """
 
     __slots__ = ()
 
     def __reduce__(self) -> tuple[Callable[[list[tuple[Any, ...]]], "Batch"], tuple[list[tuple[Any, ...]]]]:
-        """Return what makes an equal batch, as pickle asks for it."""
+        """Tell pickle how to rebuild an equal batch."""
         return _make_batch, (
             [
                 (transaction_id, fields, tuple(position), body, api_key_id, received_at_ms)
@@ -66,7 +66,7 @@ class Found(NamedTuple):
 
 
 def look_up(connection: Connection, updates: Mapping[str, Collection[bytes]]) -> dict[str, Found]:
-    """Return those of the transactions that are registered, by id; asked for by id and digests of updates."""
+    """Return the registered ones among these transactions, by id; `updates` has the digests to look for, by id."""
     return {
         transaction_id: Found(_to_transaction(row), row.deployment_id, row.held)
         for transaction_id, row in statements.look_up(connection, updates).items()
@@ -94,7 +94,10 @@ def _load_older(text: str, attempt: int) -> dict[str, Position]:
 
 
 def _dump_older(older: Mapping[str, Position]) -> str | None:
-    """Return the column `older`: JSON, for each update that gave a field its place and the fields; None for none."""
+    """Return the value of the column `older`, None where no older update gave a field.
+
+    It is JSON: for each update that still gives a field its value, its place in the order and the fields it gives.
+    """
     if not older:
         return None
     names: dict[Position, list[str]] = {}
@@ -109,13 +112,13 @@ def _dump_older(older: Mapping[str, Position]) -> str | None:
 
 
 def register_unassigned(connection: Connection, ids: Collection[str], now_ms: int) -> None:
-    """Register those transactions that nobody has registered yet, under the deployment `unassigned`."""
+    """Register these transactions under the deployment `unassigned`, except those that are registered already."""
     statements.add_deployment(connection, UNASSIGNED, "Unassigned", now_ms)
     statements.register(connection, UNASSIGNED, ids, now_ms)
 
 
 class Change(NamedTuple):
-    """What updates make of a transaction: as it was seen, its deployment then, what to write, and the new updates."""
+    """A transaction and its deployment as they were read, the transaction to write, and the updates that changed it."""
 
     seen: Transaction
     deployment_id: str
@@ -124,13 +127,13 @@ class Change(NamedTuple):
 
 
 def record_changes(connection: Connection, changes: Iterable[Change]) -> set[str]:
-    """Write transactions back, with what is new of their history; returns the ids of those that were written.
+    """Write transactions back and add the new updates to their history; return the ids of those that were written.
 
-    The others were changed by somebody since they were seen. See `voicetx.storage.statements.record`.
+    The others have been changed by somebody else since they were read. See `voicetx.storage.statements.record`.
     """
-    # In one order, so that two processes never wait for each other.
+    # Sorted, so that no two processes can deadlock.
     ordered = sorted(changes, key=lambda change: change.transaction.transaction_id)
-    # Most updates of a batch come from one dialer in one minute: that is said once.
+    # Most updates of a batch come from one dialer in one minute, so the heading says that once for all of them.
     heading = tallies.head(_to_sent(ordered[0].new[0]))
     rows = [ChangedRow(change.deployment_id, _describe_row(change, heading)) for change in ordered]
     history = [_describe_update(received) for change in ordered for received in change.new]
@@ -138,7 +141,7 @@ def record_changes(connection: Connection, changes: Iterable[Change]) -> set[str
 
 
 def _describe_row(change: Change, heading: str) -> dict[str, Any]:
-    """Return the row that a change makes, by the names of `ChangedRow`; a field that is not there is null."""
+    """Return the values of a `ChangedRow` for a change, by name; a field that the transaction lacks is null."""
     transaction_id, fields, position, updates, older = transaction = change.transaction
     sent = map(_to_sent, change.new)
     return {
@@ -161,7 +164,7 @@ def _to_sent(received: Received) -> Sent:
 
 
 def _describe_update(received: Received) -> dict[str, Any]:
-    """Return the row of the history that an update is, by the names of `HISTORY_NAMES` and in their order."""
+    """Return the row that an update gets in the history, with the names of `HISTORY_NAMES` in their order."""
     update, api_key_id, received_at_ms = received
     return {
         "transaction_id": update.transaction_id,

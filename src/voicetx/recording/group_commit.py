@@ -1,6 +1,6 @@
-"""Group commit: everybody who waits shares one commit.
+"""Group commit: all callers that wait at one moment share one commit.
 
-`voicetx.recording.recorder` submits updates here and awaits the future that it gets. This module knows nothing of
+`voicetx.recording.recorder` submits updates here and awaits the future that it gets back. This module knows nothing of
 updates or databases: it makes batches of items, has them committed, and gives each caller its result.
 """
 
@@ -14,23 +14,23 @@ from voicetx.duties import Duty, is_cancelled, note_failure, repeat
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_COMPANY = 4  # answered together: those are busy clients, who send again at once
-_CROWD = 32  # what a batch costs whatever its size is little for each of so many
+_COMPANY = 4  # after a batch of so many: its clients are busy ones, which send again at once
+_CROWD = 32  # with so many, each item's share of a batch's fixed cost is small
 
 
 class QueueFull(Exception):  # noqa: N818 - a state of the committer, named as one
-    """As many items wait as may; this one was not taken."""
+    """The queue is full; this item was not taken."""
 
 
 class Closed(Exception):  # noqa: N818 - a state of the committer, named as one
     """The committer takes no items: it is closed, was not started, or its task was cancelled from outside.
 
-    In that last case it also comes from the future; whether the item was committed is then unknown.
+    In that last case the futures of waiting items raise it too; whether the item was committed is then unknown.
     """
 
 
 class CommitTimeout(Exception):  # noqa: N818 - what happened to the item
-    """The item waited for its commit as long as it may; whether it was committed is unknown."""
+    """The time limit passed before the item's commit was confirmed; whether it was committed is unknown."""
 
 
 class _Entry(NamedTuple, Generic[Item, Result]):
@@ -42,28 +42,28 @@ class _Entry(NamedTuple, Generic[Item, Result]):
 class GroupCommitter(Generic[Item, Result]):
     """Commits items in batches, one batch at a time.
 
-    - While a batch is committed, what comes in waits and makes the next batch, of at most `batch_size`. An idle
-      committer commits an item at once, and who is answered with less than three others keeps nobody waiting.
-    - After a batch of four or more the next one waits for those who were just answered, for `company_seconds` at most
-      (0: not at all), and no longer than until all of them are back or there is a crowd. Without that they take turns
-      with the rest, in twice as many commits.
+    - Items that come in while a batch is being committed wait and make up the next batch, of at most `batch_size`. An
+      idle committer commits an item at once, and after a batch of fewer than four, the next one starts at once.
+    - After a batch of four or more, the next one waits for the clients just answered to send again: at most
+      `company_seconds` (0: not at all), and only until as many wait as were just answered and were waiting already, or
+      32 do. Without this pause, these clients and the others would take turns, in twice as many commits.
     - Items are committed in the order of their submission, and each caller gets the result of its own item.
     - At most `queue_size` items wait beside the batch under way; one more is refused at once with `QueueFull`.
-    - A batch whose commit fails is split until the culprit stands alone: its caller gets the exception and all
-      others are committed. An exception of `whole_batch_errors` says that no item is at fault: everybody in the batch
-      who has no answer yet gets it, and nothing is split any more.
+    - A batch whose commit fails is halved until the item at fault is alone: its caller gets the exception and all
+      others are committed. An exception of `whole_batch_errors` means that no item is at fault: every caller in the
+      batch that has no answer yet gets it, and the batch is not split any further.
     - A commit that breaks its promise (the wrong number of results, none at all, a cancellation of its own making) is
-      a defect: it is logged, and everybody in the batch who has no answer yet gets it as an exception, a
-      `RuntimeError` for a wrong number. The committer goes on.
-    - Nobody waits longer than `timeout_seconds`: then the caller gets `CommitTimeout`, and an item that still waits
-      is not committed any more. A commit is cancelled when it has taken that long by itself, and no part of a batch
-      is tried when the time of everybody in it is up.
-    - A caller that gives up takes nothing away: its item is committed with its batch.
-    - Whatever ends the task from outside, nobody is left waiting.
+      a defect: it is logged, and every caller in the batch that has no answer yet gets it as an exception (a
+      `RuntimeError` for a wrong number of results). The committer goes on.
+    - No caller waits longer than `timeout_seconds`: then it gets `CommitTimeout`, and an item that is still in the
+      queue is not committed any more. A commit that takes this long by itself is cancelled, and a part of a batch is
+      not tried once the time of every caller in it is up.
+    - If a caller stops waiting, its item is committed with its batch all the same.
+    - If the task is cancelled from outside, every caller still gets an answer.
     - `close` takes no more items, commits what waits, answers everybody, then returns.
 
-    `commit` gets a batch and returns one result for each item, in order. It may be called again with parts of a batch
-    that it failed, so what it fails must leave nothing behind.
+    `commit` gets a batch and returns one result for each item, in order. After a failure it may be called again with
+    parts of the same batch, so a failed commit must leave nothing behind.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class GroupCommitter(Generic[Item, Result]):
 
     @property
     def waiting(self) -> int:
-        """How many items wait, those in the batch under way not among them."""
+        """How many items wait, not counting the batch under way."""
         return len(self._queue)
 
     @property
@@ -104,7 +104,7 @@ class GroupCommitter(Generic[Item, Result]):
         """Begin to take items, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
-        # Not a finally in the task: one that is cancelled before its first step never gets there.
+        # Not a `finally` in the task: a task that is cancelled before its first step never reaches it.
         self._task.add_done_callback(self._answer_the_rest)
 
     def submit(self, item: Item) -> "asyncio.Future[Result]":
@@ -155,7 +155,7 @@ class GroupCommitter(Generic[Item, Result]):
         return True
 
     async def _gather(self, wanted: int, at_most_seconds: float | None = None) -> None:
-        """Return when so many wait, or a batch of them, when the time is up, or when nobody else may come."""
+        """Wait until `wanted` items wait (or a full batch or queue), the time is up, or the committer is closing."""
         self._wanted = min(wanted, self._batch_size, self._queue_size)
         if len(self._queue) >= self._wanted or self._is_closing:
             return
@@ -168,9 +168,9 @@ class GroupCommitter(Generic[Item, Result]):
                 end.cancel()
 
     async def _settle(self, batch: Sequence[_Entry[Item, Result]]) -> None:
-        """Commit a batch, or its halves; everybody in it is answered when this returns.
+        """Commit a batch, if need be in halves; when this returns, every caller in it is answered.
 
-        Raises what is a defect; those who have no answer by then are owed it.
+        Raises a defect of the commit; the callers without an answer are then still to be given that exception.
         """
         pending = [batch]
         while pending:
@@ -197,22 +197,22 @@ class GroupCommitter(Generic[Item, Result]):
                 _answer(part, results)
 
     async def _commit_in_time(self, items: Sequence[Item]) -> Sequence[Result]:
-        """Commit; raises what the commit raises, or `CommitTimeout` when it was cancelled for taking too long."""
+        """Commit; raise what the commit raises, or `CommitTimeout` if it was cancelled for taking too long."""
         try:
             async with asyncio.timeout(self._timeout_seconds) as limit:
                 return await self._commit(items)
         except Exception as error:
-            # A TimeoutError may just as well be the commit's own, and a cancelled commit may raise anything.
+            # A TimeoutError may also be the commit's own, and a cancelled commit may raise any exception.
             if limit.expired():
                 raise CommitTimeout from error
             raise
 
     def _answer_late(self) -> None:
-        """Answer everybody whose time is up, and wake again when the next one's is.
+        """Answer each caller whose time is up, and set the alarm for the next one.
 
         Deadlines come in the order of submission: first those of the batch under way, then those of the queue.
         """
-        self._alarm = None  # should this fail, the next item sets it again
+        self._alarm = None  # if this method fails, the next item submitted sets a new one
         now = self._loop.time()
         for entry in self._batch:
             if entry.deadline <= now:
@@ -225,7 +225,7 @@ class GroupCommitter(Generic[Item, Result]):
             self._alarm = self._loop.call_at(following, self._answer_late)
 
     def _answer_the_rest(self, _task: "asyncio.Task[None]") -> None:
-        """Answer those that a task cancelled from outside has left."""
+        """Answer the callers that are left when the task was cancelled from outside."""
         if self._alarm is not None:
             self._alarm.cancel()
         _fail_all((*self._batch, *self._queue), Closed())
@@ -249,4 +249,4 @@ def _fail_all(entries: Iterable[_Entry[Item, Result]], error: Exception) -> None
 def _fail(entry: _Entry[Item, Result], error: Exception) -> None:
     if not entry.future.done():
         entry.future.set_exception(error)
-        entry.future.exception()  # it is raised where it is awaited; a caller that hung up is owed nothing
+        entry.future.exception()  # marks it as seen: no warning is logged where the caller has hung up

@@ -1,6 +1,7 @@
-"""Recording: an update goes in, and comes out when it is on disk. Committer, store and merge put together.
+"""Recording an update: merge it into its transaction, and return once it is on disk.
 
-Called by `voicetx.api.updates` with an update that kept every rule, from a caller that was let in. Knows no HTTP.
+Brings committer, store and merge together. `voicetx.api.updates` calls it with a valid update from a caller that is
+allowed to send it. Knows no HTTP.
 Source: docs/contract.md, section 5.
 """
 
@@ -36,13 +37,13 @@ from voicetx.settings import Settings, UnknownTransactions
 from voicetx.storage.store import Store, StoreUnavailable, ValueRefused
 
 _RETRY_AFTER_SECONDS = 1
-_COMPANY_SECONDS = 0.001  # uvloop knows no shorter time
+_COMPANY_SECONDS = 0.001  # the shortest time that uvloop can wait
 
 _log = structlog.get_logger(__name__)
 
 
 class Outcome(Enum):
-    """What became of one update of a batch; committed in each case."""
+    """What became of one update of a batch that was committed."""
 
     RECORDED = "recorded"
     REPEATED = "repeated"
@@ -50,7 +51,7 @@ class Outcome(Enum):
 
 
 class Committed(NamedTuple):
-    """What became of a batch: an outcome for each update, in order, and what is worth counting."""
+    """What became of a batch: an outcome for each update, in order, and figures for the metrics."""
 
     outcomes: Sequence[Outcome]
     stale: Counter[UUID]
@@ -61,14 +62,15 @@ _OUTCOMES = {outcome: metrics.UPDATES.labels(outcome.value) for outcome in Outco
 
 
 class Recorder:
-    """Records updates in groups: everybody who waits shares one database transaction.
+    """Records updates in groups: all that wait at one moment share one database transaction.
 
     Start it on the event loop that it serves, and close it there: closing commits and answers all that was accepted.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        # One process by itself does the next half of its clients' work while the database does the first; so does a
-        # file's writer. Several keep each other and the database from the processors (docs/decisions/0019-company.md).
+        # A single process handles half of its clients while the database commits the other half; with a file's writer
+        # it is the same. Several processes take processor time from each other and from the database
+        # (docs/decisions/0019-company.md).
         shares_processors = settings.workers > 1 and not store.is_embedded
         self._store = store
         self._registers_unknown = settings.unknown_transactions is UnknownTransactions.REGISTER
@@ -97,7 +99,7 @@ class Recorder:
     async def record_update(self, update: Update, api_key_id: UUID) -> Outcome:
         """Record an update; when this returns, it is durably committed, by this call or by an earlier one.
 
-        Raises `Rejected`: 1010 for a transaction id that nobody registered, 500 where the store did not take it.
+        Raises `Rejected`: 1010 for a transaction id that nobody registered, 500 if the store did not take the update.
         """
         try:
             outcome = await self.submit(update, api_key_id)
@@ -108,21 +110,21 @@ class Recorder:
         return outcome
 
     def submit(self, update: Update, api_key_id: UUID) -> Future[Outcome]:
-        """Have an update recorded together with others; the future tells its outcome, UNKNOWN included.
+        """Queue an update to be recorded with others; the future gives its outcome, which may be UNKNOWN.
 
-        Raises, here or from the future, what `explain` understands.
+        Raises, here or from the future, exceptions that `explain` turns into refusals.
         """
         return self._committer.submit(Received(update, api_key_id, time.time_ns() // 1_000_000))
 
     @staticmethod
     def explain(error: Exception) -> Exception:
-        """Return the refusal that a failure to record means; what nobody foresaw is returned as it is."""
+        """Return the refusal to answer a failure to record with; an unexpected exception is returned as it is."""
         match error:
             case QueueFull() | Closed() | CommitTimeout() | StoreUnavailable():
                 _log.warning("update.not_recorded", reason=type(error).__name__, cause=str(error))
                 return Rejected(Refusal.INTERNAL, retry_after_seconds=_RETRY_AFTER_SECONDS)
             case ValueRefused():
-                # A retry would not help, and none is suggested.
+                # A retry would not help, so the answer suggests none.
                 _log.error("update.refused_by_database", cause=str(error))
                 return Rejected(Refusal.INTERNAL)
             case _:
@@ -139,7 +141,7 @@ class Recorder:
             metrics.FAILED_COMMITS.inc()
             raise
         metrics.COMMIT_SECONDS.observe(time.perf_counter() - started)
-        # Before anybody is answered, but once the next batch is on its way: the database does not wait for it.
+        # Runs before any caller is answered, but after the next batch is sent: the database need not wait for it.
         asyncio.get_running_loop().call_soon(_count, batch, committed)
         return committed.outcomes
 
@@ -148,7 +150,7 @@ def _count(batch: Sequence[Received], committed: Committed) -> None:
     senders = [received.api_key_id for received in batch]
     for (api_key_id, outcome), times in Counter(zip(senders, committed.outcomes, strict=True)).items():
         _OUTCOMES[outcome].inc(times)
-        if outcome is not Outcome.UNKNOWN:  # a refusal, which is counted by its code
+        if outcome is not Outcome.UNKNOWN:  # that is a refusal, and those are counted by code
             activity.count(api_key_id, outcome.value, times)
     if Outcome.REPEATED in committed.outcomes:
         for received, outcome in zip(batch, committed.outcomes, strict=True):
@@ -163,11 +165,12 @@ def _count(batch: Sequence[Received], committed: Committed) -> None:
 def commit_batch(connection: Connection, batch: Sequence[Received], *, registers_unknown: bool = False) -> Committed:
     """Record a batch, which may be empty.
 
-    May be run again after a failure: what was recorded is then a repeat. Other processes may be at the same
-    transactions: one is written back only if it still is what was read, and is otherwise read and merged again.
+    It may be run again after a failure: updates that were recorded then count as repeats. Other processes may change
+    the same transactions: each is written back only if it is still as it was read; otherwise it is read and merged
+    again.
     """
     register_at_ms = max((received.received_at_ms for received in batch), default=0) if registers_unknown else None
-    # A twin in the same batch is a repeat of the first.
+    # The same update twice in one batch: the second is a repeat of the first.
     waiting: dict[str, dict[bytes, Received]] = {}
     for received in batch:
         waiting.setdefault(received.update.transaction_id, {}).setdefault(received.update.digest, received)
@@ -203,7 +206,7 @@ def commit_batch(connection: Connection, batch: Sequence[Received], *, registers
 def _find(
     connection: Connection, waiting: Mapping[str, Mapping[bytes, Received]], register_at_ms: int | None
 ) -> dict[str, Found]:
-    """Look up the transactions of those updates; with a time, register those that are not."""
+    """Look up the transactions of these updates; given a time, first register those that are not registered."""
     found = look_up(connection, waiting)
     missing = waiting.keys() - found.keys()
     if missing and register_at_ms is not None:
@@ -213,7 +216,7 @@ def _find(
 
 
 def _merge(found: Mapping[str, Found], waiting: Mapping[str, Mapping[bytes, Received]]) -> dict[str, Change]:
-    """Return, by id, the changes that those updates make which are in no history yet."""
+    """Return, by transaction id, the changes made by those updates that are not in the history yet."""
     changes: dict[str, Change] = {}
     for transaction_id, (transaction, deployment_id, held) in found.items():
         new = [received for digest, received in waiting[transaction_id].items() if digest not in held]
