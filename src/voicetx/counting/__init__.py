@@ -1,1 +1,1 @@
-"""The counts that reports are made of, kept while updates are recorded."""
+"""The counts behind the reports, kept up to date while updates are recorded."""

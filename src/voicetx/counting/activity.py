@@ -1,9 +1,9 @@
-"""What became of API users' calls a day at a time, how often updates came again, and when keys were used: in memory.
+"""Counts in memory: what became of API users' calls each day, how often updates were repeated, when keys were used.
 
-Whoever knows counts (`voicetx.recording.recorder` what became of updates, `voicetx.api` what was refused), for the
-process as the metrics are, and `voicetx.services` keeps it every few seconds: a repeat costs no write of its own. A
-process that is killed loses the last of these counts; what was recorded is counted exactly, with the updates
-themselves.
+`voicetx.recording.recorder` counts what became of updates and `voicetx.api` what was refused. Like the metrics, the
+counts are the process's own; `voicetx.services` writes them to the database every few seconds, so a repeat costs no
+write of its own. A process that is killed loses its latest counts. The recorded updates are counted exactly, together
+with the updates themselves.
 """
 
 from collections import Counter
@@ -14,13 +14,14 @@ from uuid import UUID
 from voicetx.counting.tallies import Counts, Measure
 
 DEPLOYMENT = ""
-"""Under which the tallies keep these: no deployment has this id."""
+"""The deployment id under which the tallies keep these counts; no deployment has it."""
 
 
 class Activity(NamedTuple):
-    """Counts: what API users' calls came to, and repeats by transaction id and digest of the update.
+    """What was counted.
 
-    Of secret keys, by their digest, the minute in which each was last used, in milliseconds since 1970.
+    `users` counts what became of API users' calls; `repeats` counts repeats by transaction id and digest of the update.
+    `keys` has, by the digest of a secret key, the minute in which it was last used, in milliseconds since 1970.
     """
 
     users: Counts
@@ -32,7 +33,7 @@ _counted = Activity(Counter(), Counter(), Counter())
 
 
 def count(api_key_id: UUID, what: str, times: int = 1) -> None:
-    """Count something that an API user's calls came to, such as `repeated` or `code-1002`."""
+    """Count what became of an API user's calls, such as `repeated` or `code-1002`."""
     _counted.users[Measure.USER, f"{api_key_id.hex}.{what}.{datetime.now(UTC).date()}"] += times
 
 
@@ -47,7 +48,7 @@ def note_key(secret_digest: bytes, minute_ms: int) -> None:
 
 
 def take() -> Activity:
-    """Return what was counted since this was called last."""
+    """Return what was counted since the last call of this function."""
     taken = Activity(Counter(_counted.users), Counter(_counted.repeats), Counter(_counted.keys))
     for counts in _counted:
         counts.clear()
@@ -55,7 +56,7 @@ def take() -> Activity:
 
 
 def give_back(counts: Activity) -> None:
-    """Take back counts that could not be kept."""
+    """Take back counts that could not be written to the database."""
     _counted.users.update(counts.users)
     _counted.repeats.update(counts.repeats)
     for secret_digest, minute_ms in counts.keys.items():

@@ -1,8 +1,8 @@
-"""Folding: what changed is added up into the tallies, so that a report has little to add up by itself.
+"""Folding: adding the changes up into the tallies, so that a report has little left to add up.
 
-Run by `voicetx.services` every few seconds beside the updates, for which it has to leave the event loop, and the
-process that writes a database file, to them: it reads, counts in a thread, and then writes once, which for thousands of
-transactions is a few rows. What changes and counts are is the business of `voicetx.counting.tallies`.
+`voicetx.services` does this every few seconds while updates come in, so it must not hold up the event loop, nor the
+process that writes a database file. It reads, counts in a thread, and writes once: a few rows for thousands of
+transactions. What changes and counts are is explained in `voicetx.counting.tallies`.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ _SET_ASIDE_MOST = 10_000
 
 
 class Folder:
-    """Folds the changes of one database, and leaves those that it cannot fold to another release or another hour."""
+    """Folds the changes of one database. Changes that it cannot fold stay, for a later try or a later release."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -29,10 +29,10 @@ class Folder:
         self._try_again_at = 0.0
 
     async def fold(self) -> bool:
-        """Add up some of the changes into the tallies and say whether there are more, unless another process is at it.
+        """Add some of the changes up into the tallies, and say whether there are more.
 
-        A change that fails by itself is noted and stays where it is, and is tried again after a minute; all others
-        are folded. Raises `StoreUnavailable`.
+        If another process is folding, this one leaves it alone and returns False. A change that cannot be folded is
+        noted and stays where it is, to be tried again after a minute; all others are folded. Raises `StoreUnavailable`.
         """
         now = time.monotonic()
         if now >= self._try_again_at:

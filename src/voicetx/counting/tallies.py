@@ -1,11 +1,11 @@
-"""Tallies: what reports count, kept right with every write, so that no report has to read a million rows.
+"""Tallies: the counts behind the reports, kept right with every write, so that no report has to read a million rows.
 
-Whoever writes a transaction adds, in the same database transaction, a row to `tally_change` that says what the
-transaction was to the reports and what it is now: `voicetx.recording.batch` for a batch, `voicetx.campaigns` for what
-is registered, deleted and masked. Rows are only added, so that processes which record the same deployment never wait
-for each other; every few seconds `voicetx.counting.folding` adds them up into `tally`. A reader takes both together,
-and so misses nothing that was acknowledged. Knows which numbers there are, not what a report makes of them
-(`voicetx.reading.reports`). Source: docs/decisions/0016-tallies.md.
+Every write of transactions adds a row to `tally_change` in the same database transaction. The row says what each
+transaction counted as before and what it counts as now. `voicetx.recording.batch` adds it for a batch, and
+`voicetx.campaigns` for transactions that are registered, deleted or masked. Rows are only added, so that processes that
+record the same deployment never wait for each other. Every few seconds `voicetx.counting.folding` adds them up into
+`tally`. A report reads both tables, and so misses nothing that was acknowledged. What reports make of the counts is in
+`voicetx.reading.reports`. Source: docs/decisions/0016-tallies.md.
 """
 
 import re
@@ -32,39 +32,39 @@ _CHANGES_AT_ONCE = 1_000
 _CHARACTERS_AT_ONCE = 1_048_576
 
 ERASED_KEY = "x"
-"""Stands where a digit was that somebody typed and that was erased; its press is counted no more."""
+"""Replaces a pressed digit that was erased; that press is no longer counted."""
 
 _SENT = re.compile(r"([+-])([^+-]*)")
 _MINUTE_MS = 60_000
 
 
 class Measure(StrEnum):
-    """What is counted, and by what: its items."""
+    """What is counted, and by what it is split into items."""
 
-    REGISTERED = "registered"  # transactions; one item, the empty one
+    REGISTERED = "registered"  # transactions; its one item is the empty text
     OUTCOME = "outcome"  # reported transactions, by call-state and drop-code, such as 5.2005
-    TALK = "talk"  # answered ones, by the whole seconds from call-starttime to call-endtime
-    ATTEMPTS = "attempts"  # reported ones, by times-attempted
-    PRESSED = "pressed"  # those with digits pressed; one item, the empty one
+    TALK = "talk"  # answered transactions, by the whole seconds from call-starttime to call-endtime
+    ATTEMPTS = "attempts"  # reported transactions, by times-attempted
+    PRESSED = "pressed"  # transactions with digits pressed; its one item is the empty text
     KEY = "key"  # key presses, by key
-    TRANSFER = "transfer"  # transferred ones, by the whole seconds of the trombone
+    TRANSFER = "transfer"  # transferred transactions, by the whole seconds of the trombone
     MINUTE = "minute"  # different updates, by the minute in which they came in (since 1970 UTC)
     SENDER = "sender"  # different updates, by API user
-    USER = "user"  # what calls came to, by API user, what and day; of no deployment: see voicetx.counting.activity
+    USER = "user"  # API users' calls, by user, result and day; of no deployment: see voicetx.counting.activity
 
 
 Counts = Counter[tuple[Measure, str]]
 
 
 class Sent(NamedTuple):
-    """An update as far as it is counted: from which API user, and when it came in."""
+    """What is counted of an update: which API user sent it, and when it came in."""
 
     api_key_id: UUID
     received_at_ms: int
 
 
 def profile(fields: Mapping[Any, Any]) -> str:
-    """Return what a transaction is to the reports, by its fields; empty while nothing was reported."""
+    """Return what a transaction with these fields counts as in reports; empty while nothing was reported."""
     state = fields.get("call_state")
     if state is None:
         return ""
@@ -77,7 +77,7 @@ def profile(fields: Mapping[Any, Any]) -> str:
     attempts = int(fields.get("times_attempted") or 0)
     keys = fields.get("dtmf_digits") or ""
     if len(keys) > 1:
-        keys = "".join(sorted(keys))  # nobody needs to know here what somebody typed
+        keys = "".join(sorted(keys))  # only counts are needed, so the order in which a person pressed keys is not kept
     return f"{state}.{fields['drop_code']}.{talk}.{attempts}.{keys}.{transfer}"
 
 
@@ -86,7 +86,7 @@ def change(
 ) -> str:
     """Return a transaction's line: its profile before and after, and the updates that its history gained or lost.
 
-    An update that is as the heading of the lines says (see `head`) is told by its sign alone.
+    An update that equals the heading of the lines (see `head`) is written as its sign alone.
     """
     line = f"{before}>{after}@" if before != after else ">@"
     for sign, updates in (("+", added), ("-", removed)):
@@ -97,20 +97,21 @@ def change(
 
 
 def head(sent: Sent) -> str:
-    """Return an update as lines tell it; as the heading of lines it stands for all that are like it."""
+    """Return an update as it is written in lines. Used as the heading of lines, it need not be repeated in them."""
     return _head(sent.api_key_id.int, sent.received_at_ms // _MINUTE_MS)
 
 
 @lru_cache(maxsize=1024)
 def _head(api_key_number: int, minute: int) -> str:
-    # Most updates of a minute come from a few dialers. By number, for a UUID takes longer to find than this to make.
+    # Most updates of a minute come from a few dialers, so these texts are cached. The key is the UUID's number: looking
+    # up a UUID itself takes longer than making the text.
     return f"{api_key_number:032x}.{minute}"
 
 
 def note(
     connection: Connection, deployment_id: str, lines: Iterable[str], *, registered: int = 0, heading: str = ""
 ) -> None:
-    """Add a change to a deployment's tallies: lines, and how many transactions it gained (or, below zero, lost)."""
+    """Add a change to a deployment's tallies: lines, and how many transactions it gained (or lost, if negative)."""
     changes = "\n".join((heading, *lines))
     if changes or registered:
         connection.execute(
@@ -119,7 +120,7 @@ def note(
 
 
 def add(connection: Connection, deployment_id: str, counts: Counts) -> None:
-    """Add to a deployment's tallies at once; meant for who holds no row that others wait for."""
+    """Add to a deployment's tallies directly; only for callers that hold no row that others wait for."""
     rows = [(deployment_id, str(measure), item, number) for (measure, item), number in sorted(counts.items()) if number]
     if rows:
         statements.add_tallies(connection, rows)
@@ -133,11 +134,11 @@ class Changes(NamedTuple):
 
 
 class ChangesTaken(Exception):  # noqa: N818 - what happened to them
-    """Another process has folded the changes meanwhile, or is at it."""
+    """Another process has folded the changes meanwhile, or is folding them now."""
 
 
 def read_changes(connection: Connection, without: Collection[int] = ()) -> Changes:
-    """Return the oldest changes but those: at most 1,000 of them and 1 MiB, or a single one that is longer."""
+    """Return the oldest changes except those in `without`: at most 1,000 and 1 MiB, or a single one if it is longer."""
     columns = tally_change.c
     found = connection.execute(
         select(columns.change_id, func.length(columns.changes).label("characters"))
@@ -158,14 +159,14 @@ def _read_rows(connection: Connection, ids: Sequence[int]) -> Sequence[Any]:
 
 
 def count_changes(changes: Iterable[Any]) -> dict[str, Counts]:
-    """Return what changes add to the counts, by deployment; raises whatever it is that is wrong with one of them."""
+    """Return what changes add to the counts, by deployment. A defective change raises whatever error it causes."""
     return {deployment_id: _count_rows(rows) for deployment_id, rows in sorted(_group(changes).items())}
 
 
 def fold(connection: Connection, rows: Sequence[Sequence[Any]], counts: Mapping[str, Counts]) -> None:
-    """Put into the tallies what changes, as they were read, add to them.
+    """Remove changes, given as they were read, and add their counts to the tallies.
 
-    Raises `ChangesTaken`, and then does nothing.
+    Raises `ChangesTaken` if another process has taken them, and then does nothing.
     """
     if not statements.take_changes(connection, rows):
         raise ChangesTaken
@@ -174,8 +175,8 @@ def fold(connection: Connection, rows: Sequence[Sequence[Any]], counts: Mapping[
 
 
 def read(connection: Connection, deployment_id: str) -> Counts:
-    """Return a deployment's counts, changes that are not folded yet among them; none is zero."""
-    # One statement: a fold that ends between two would have its changes counted twice, or not at all.
+    """Return a deployment's counts, including changes that are not folded yet; counts of zero are left out."""
+    # One statement: if a fold ended between two, its changes would be counted twice or not at all.
     columns = tally.c
     folded = select(columns.measure, columns.item, columns["count"].label("registered"), null().label("changes"))
     others = select(null(), null(), tally_change.c.registered, tally_change.c.changes)
@@ -193,9 +194,9 @@ def read(connection: Connection, deployment_id: str) -> Counts:
 
 
 def read_registered(connection: Connection, only: str | None = None) -> dict[str, tuple[int, int]]:
-    """Return, by deployment, how many transactions are registered and of how many something was reported.
+    """Return, by deployment, how many transactions are registered and how many of them were reported.
 
-    Of one deployment, where `only` names it: less than a report reads.
+    With `only`, return it for that deployment alone. This reads less than a report does.
     """
     columns = tally.c
     folded = select(
@@ -223,15 +224,15 @@ def read_registered(connection: Connection, only: str | None = None) -> dict[str
 
 
 def forget(connection: Connection, deployment_id: str) -> None:
-    """Drop the tallies of a deployment that is no more."""
-    # A fold that is under way would bring some of them back.
+    """Delete the tallies of a deployment that is deleted."""
+    # Otherwise a fold that is under way would bring some of them back.
     statements.hold_off_folding(connection)
     for table in (tally, tally_change):
         connection.execute(delete(table).where(table.c.deployment_id == deployment_id))
 
 
 def count(lines: Iterable[str], *, registered: int = 0) -> Counts:
-    """Return what lines without a heading, and so many transactions more, add to the counts."""
+    """Count the changes of these lines, plus `registered` new transactions."""
     return _count([("", lines)], registered)
 
 
@@ -243,13 +244,13 @@ def _group(rows: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 def _count_readable(rows: Sequence[Any]) -> Counts:
-    """Return what changes add to the counts, but for defective ones: a report is better without them than not at all.
+    """Return what changes add to the counts, leaving out defective ones: a report without them is better than none.
 
-    They are noted by whoever folds.
+    Folding logs the defective ones.
     """
     try:
         return _count_rows(rows)
-    except Exception:  # noqa: BLE001 - whatever it is, it comes again where it is noted
+    except Exception:  # noqa: BLE001 - folding meets the same error, and logs it
         if len(rows) == 1:
             return Counter()
     middle = len(rows) // 2
@@ -266,7 +267,7 @@ def _count_rows(rows: Sequence[Any]) -> Counts:
 
 
 def _count(blocks: Iterable[tuple[str, Iterable[str]]], registered: int) -> Counts:
-    # Of a thousand lines few parts differ, so each is taken apart once.
+    # Most of a thousand lines share the same few parts, so each different part is parsed once.
     profiles: Counter[str] = Counter()
     sent: Counter[tuple[str, str]] = Counter()
     for heading, lines in blocks:
