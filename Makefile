@@ -106,3 +106,11 @@ bench-reading: $(VENV)/.dev  ## how long reports on a million transactions take 
 .PHONY: fuzz
 fuzz: $(VENV)/.dev  ## send hostile bodies and bytes to both databases for an hour (ARGS="--minutes 5", ARGS="--count 10000")
 	$(BIN)/python tests/fuzz.py $(ARGS)
+
+.PHONY: package
+package: $(VENV)/.dev  ## build the wheel and the sdist into dist, and try each in a fresh venv
+	ops/build-package.sh
+
+.PHONY: release
+release:  ## check, test, build, try, and at last tag the version that pyproject.toml names
+	ops/release.sh
