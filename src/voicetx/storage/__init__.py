@@ -1,1 +1,1 @@
-"""The databases: what is kept, in which form, and every statement that a database needs in its own words."""
+"""The databases: the tables, the connections, and the statements that SQLite and PostgreSQL need each in own SQL."""

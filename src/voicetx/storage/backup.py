@@ -1,6 +1,6 @@
-"""A copy of a database file, taken while the service writes to it, and looked through before it is called a backup.
+"""A copy of a database file, taken while the service writes to it, and checked before it is called a backup.
 
-Called by the command line. For PostgreSQL there are better tools than ours, which docs/operations.md names.
+Called by the command line. For PostgreSQL there are better tools than ours; docs/operations.md names them.
 """
 
 import os
@@ -23,11 +23,11 @@ _PAGES_AT_ONCE = 1_000
 
 
 class BackupRefused(Exception):  # noqa: N818 - what happened to the command
-    """No backup was made; the text is a sentence that says why."""
+    """No backup was made; the text is a sentence that says why not."""
 
 
 class Content(NamedTuple):
-    """What a database holds: the version of its schema, and how many of what."""
+    """What a database holds: the version of its schema, and the number of rows of each kind."""
 
     revision: str
     counts: Mapping[str, int]
@@ -39,12 +39,12 @@ class Content(NamedTuple):
 
 
 def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> Content:
-    """Copy a database file as it is at this moment, every update that is on disk included; nobody waits for it.
+    """Copy a database file as it is at this moment, with every update that is on disk; the service does not wait.
 
-    The copy gets mode 0600 and its name when it is whole: SQLite finds no fault in it, and it holds as much as the
-    source did when the copy began, which is returned. `follow` is called with the pages done and the pages in all.
-    Raises `BackupRefused` where there is no database of ours, SQLite can't read it or write the copy, the copy is not
-    whole or `target` is there already; and OSError.
+    The copy has mode 0600. It gets its name only once it is complete: SQLite finds no fault in it, and it holds as much
+    as the source did when the copy began, which is returned. `follow` is called with the number of pages copied and the
+    number of all pages. Raises `BackupRefused` if there is no database of ours, SQLite can't read it or write the copy,
+    the copy is incomplete, or `target` exists already; and OSError.
     """
     if not source.is_file():
         raise BackupRefused(f"{source}: there is no such database. To make it, run: voicetx db upgrade")
@@ -53,7 +53,7 @@ def back_up(source: Path, target: Path, follow: Callable[[int, int], None]) -> C
     try:
         handle, name = tempfile.mkstemp(".part", f"{target.name}.", target.parent)  # with mode 0600
     except OSError as error:
-        # It would name a file that nobody asked for.
+        # Its own text would name the draft, a file that the user did not ask for.
         raise BackupRefused(f"The folder {target.parent} takes no file: {error.strerror}.") from error
     os.close(handle)
     draft = Path(name)
@@ -83,7 +83,7 @@ def _copy(source: Path, draft: Path, follow: Callable[[int, int], None]) -> Cont
         closing(sqlite3.connect(draft, isolation_level=None)) as writing,
     ):
         writing.execute("PRAGMA journal_mode = OFF").close()  # a draft that is not finished is thrown away
-        # Within one transaction: else each commit of the service would make the copy begin anew.
+        # Within one transaction: otherwise each commit of the service would make the copy start again.
         reading.execute("BEGIN")
         if not are_ours(_read_table_names(reading)):
             raise BackupRefused(f"{source} holds no voicetx tables: there is nothing to back up.")
@@ -93,8 +93,8 @@ def _copy(source: Path, draft: Path, follow: Callable[[int, int], None]) -> Cont
 
 
 def _check(draft: Path, content: Content) -> None:
-    """Raise `BackupRefused` unless a draft is sound and holds this."""
-    # Immutable: it gets no side files, which would be left behind.
+    """Raise `BackupRefused` unless a draft is undamaged and holds `content`."""
+    # Immutable: SQLite then makes no side files, which would be left behind.
     with closing(sqlite3.connect(f"{draft.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as reading:
         faults = [fault for (fault,) in reading.execute("PRAGMA integrity_check(1)")]
         if faults != ["ok"]:
@@ -111,7 +111,7 @@ def _look_into(connection: sqlite3.Connection) -> Content:
         connection.execute("SELECT version_num FROM alembic_version ORDER BY 1") if "alembic_version" in tables else ()
     )
     return Content(
-        # What somebody spoilt is backed up too, before it is mended.
+        # A database with a broken version is backed up too, so that there is a copy before the repair.
         " and ".join(revision for (revision,) in revisions) or "unknown",
         {
             name: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - names are ours

@@ -1,7 +1,7 @@
-"""What went wrong with a database, as far as it matters to who tries again or gives up.
+"""What went wrong with a database, as far as it decides whether to try again or give up.
 
-`voicetx.storage.sqlite` and `voicetx.storage.postgresql` tell it from their drivers' errors; `voicetx.storage.store`
-acts on it.
+`voicetx.storage.sqlite` and `voicetx.storage.postgresql` derive it from their drivers' errors;
+`voicetx.storage.store` acts on it.
 """
 
 from enum import Enum
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Cause(Enum):
-    """What an error of a database means; nothing of the work is known to be written."""
+    """What an error of a database means; it is unknown whether any of the work was written."""
 
     CONFLICT = "two transactions were in each other's way: the work may run again at once"
     LOST = "the connection was lost, and another one may be had"
@@ -20,7 +20,7 @@ class Cause(Enum):
 
 
 class Failure(NamedTuple):
-    """Its cause, and words for whoever runs the service, in which nothing stands that a dialer sent."""
+    """The cause, and a text for whoever runs the service, which quotes nothing that a dialer sent."""
 
     cause: Cause
     text: str

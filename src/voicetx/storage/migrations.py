@@ -1,4 +1,4 @@
-"""Bringing a database to this release's schema, and saying whether it is there.
+"""Upgrading a database to this release's schema, and checking whether it is at that schema.
 
 An embedded database is upgraded by the program itself when it starts; a server database only by `voicetx db upgrade`,
 since other processes may be using it. The steps are in `alembic/versions`: one tree for both databases.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 _ELSEWHERE = "Give voicetx a database of its own, and name it in VOICETX_DATABASE_URL"
 
-_LOCK = 0x766F696365  # "voice": two upgrades of one server database wait for each other
+_LOCK = 0x766F696365  # "voice": makes two upgrades of one server database wait for each other
 
 
 class SchemaOutdated(Exception):  # noqa: N818 - a state of the database, named as one
-    """The database is at no schema yet or an older one, and can be upgraded; the text says how."""
+    """The database has no schema yet or an older one, and can be upgraded; the text says how."""
 
 
 def find_scripts() -> Path:
@@ -32,13 +32,13 @@ def find_scripts() -> Path:
 
 
 HEAD = max(script.name[:4] for script in (find_scripts() / "versions").glob("[0-9]*.py"))
-"""The newest version in `alembic/versions`. Known by the files' names; importing alembic takes long."""
+"""The newest version in `alembic/versions`. Read from the files' names, since importing alembic takes long."""
 
 _KNOWN = frozenset(f"{number:04}" for number in range(1, int(HEAD) + 1))
 
 
 def configure(connection: Connection) -> "Config":
-    """Return alembic's configuration for work on a connection of ours."""
+    """Return an alembic configuration that works on this connection."""
     from alembic.config import Config  # noqa: PLC0415 - see HEAD
 
     config = Config()
@@ -48,10 +48,10 @@ def configure(connection: Connection) -> "Config":
 
 
 async def upgrade(store: Store) -> None:
-    """Bring the database to this release's schema, in one transaction; does nothing where it is there already.
+    """Bring the database to this release's schema, in one transaction; do nothing if it is at that already.
 
-    A database file that is not there is made. Several processes may call it at once: one does it and the others find it
-    done. Raises `DatabaseUnfit` where it is a database that is not ours to change.
+    A missing database file is created. Several processes may call this at once: one upgrades, and the others then find
+    nothing to do. Raises `DatabaseUnfit` for a database that is not ours to change.
     """
 
     def work(connection: Connection) -> None:
@@ -68,7 +68,7 @@ async def upgrade(store: Store) -> None:
 
 
 async def check(store: Store) -> None:
-    """Raise `SchemaOutdated` or `DatabaseUnfit`, each with what to do, unless the schema is this release's."""
+    """Raise `SchemaOutdated` or `DatabaseUnfit` unless the schema is this release's; the text says what to do."""
     await store.read(check_revision)
 
 
@@ -130,13 +130,13 @@ def _check_encoding(connection: Connection) -> None:
 
 
 def _refuse_taken(tables: set[str]) -> None:
-    """Raise `DatabaseUnfit` where a table that the migrations would make is there already."""
+    """Raise `DatabaseUnfit` if there is already a table that the migrations would create."""
     if taken := sorted(metadata.tables.keys() & tables):
         raise DatabaseUnfit(f"The database holds a table {taken[0]} that voicetx did not make. {_ELSEWHERE}")
 
 
 async def find_differences(store: Store) -> list[str]:
-    """Return what distinguishes the database from `voicetx.storage.schema`, a line each; nothing is as it should be."""
+    """Return the differences between the database and `voicetx.storage.schema`, a line each; there should be none."""
 
     def work(connection: Connection) -> list[str]:
         from alembic.autogenerate import compare_metadata  # noqa: PLC0415 - see HEAD
@@ -149,9 +149,9 @@ async def find_differences(store: Store) -> list[str]:
 
 
 async def prepare(store: Store) -> None:
-    """Make the database ready to serve: make or upgrade a file; raise `SchemaOutdated` for an old server database.
+    """Make the database ready to serve: create or upgrade a file; raise `SchemaOutdated` for an old server database.
 
-    Raises `DatabaseUnfit` for what no upgrade makes ready.
+    Raises `DatabaseUnfit` for a database that no upgrade can make ready.
     """
     try:
         await check(store)

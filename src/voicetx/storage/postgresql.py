@@ -1,8 +1,9 @@
 """A PostgreSQL server: its connections, and the statements of a batch and of the tallies in PostgreSQL's own SQL.
 
-`voicetx.storage.store` runs work on `Server`; `voicetx.storage.statements` has what each statement promises, which
-`voicetx.storage.sqlite` keeps under the same names. Each statement of a batch does all that it does or nothing, for it
-may be a transaction by itself. Sources: docs/decisions/0007-one-work-two-databases.md and 0010-two-statements.md.
+`voicetx.storage.store` runs work on `Server`. `voicetx.storage.statements` says what each statement promises;
+`voicetx.storage.sqlite` has the same statements under the same names. Each statement of a batch may be a transaction by
+itself, so it takes effect as a whole or not at all. Sources: docs/decisions/0007-one-work-two-databases.md and
+0010-two-statements.md.
 """
 
 import asyncio
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CONFLICTS = frozenset({"40001", "40P01"})  # serialization failure, deadlock
-_REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a trigger of somebody's
+_REFUSED_VALUES = ("22", "23", "44", "54", "P0")  # SQLSTATE classes: data, integrity, limits, a custom trigger
 _AUTOCOMMIT = "AUTOCOMMIT"
 _FOLDING = 0x766F696365  # the key of an advisory lock: one process folds at a time
-_OVERFLOWN = (OverflowError, orjson.JSONEncodeError)  # a number past 64 bits, on its way there
+_OVERFLOWN = (OverflowError, orjson.JSONEncodeError)  # raised here, for a number of more than 64 bits
 _DRIVER = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -42,12 +43,12 @@ _AWAY = (OSError, PoolTimeoutError, asyncpg.TargetServerAttributeNotMatched, *_D
 
 
 class Server:
-    """A PostgreSQL server, asked over asyncpg from the event loop.
+    """A PostgreSQL server, used over asyncpg from the event loop.
 
-    Steps have a connection of their own, so that no report keeps an update waiting, and one that looks rows up by key
-    whatever the statistics say: a plan that was made while a table was empty would read all of it an hour later. Rows
-    are then locked in the order in which they are sent, by everybody. Statements and connects take at most
-    `timeout_seconds` each; with `is_patient` statements take as long as they take.
+    Batches are written on a connection of their own, so that no report keeps an update waiting. On it, rows are always
+    looked up by key, whatever the statistics say: a plan made while a table was empty would read all of it an hour
+    later. This also makes every process lock rows in the order in which they are sent. Each statement and each connect
+    takes at most `timeout_seconds`; with `is_patient`, statements have no time limit.
     """
 
     def __init__(self, address: ServerAddress, *, pool_size: int, timeout_seconds: float, is_patient: bool) -> None:
@@ -59,7 +60,7 @@ class Server:
         self._kept: AsyncConnection | None = None
 
     async def make(self) -> None:
-        """Do nothing: a server's database is made elsewhere."""
+        """Do nothing: a server's database is created by its administrator."""
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run work in a transaction."""
@@ -67,7 +68,7 @@ class Server:
             return await connection.run_sync(work)
 
     async def write_beside(self, work: Callable[[Connection], T]) -> T:
-        """Run work in a transaction, on another connection than batches have."""
+        """Run work in a transaction, on another connection than the one that writes batches."""
         return await self.write(work)
 
     async def check_writable(self) -> None:
@@ -75,21 +76,21 @@ class Server:
         await self.read(write_nothing)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
-        """Run work that writes nothing in a transaction; the whole of it takes at most the time limit."""
+        """Run work that only reads, in a transaction; all of it together takes at most the time limit."""
         reading = asyncio.create_task(self.write(work))
         reading.add_done_callback(_forget)
         try:
             done, _ = await asyncio.wait([reading], timeout=self._timeout_seconds)
         finally:
-            # Not waited for: on a server that hangs the rollback of a statement that timed out takes as long again.
+            # Not awaited: on a server that hangs, rolling back a statement that timed out takes as long again.
             reading.cancel()
         if not done:
             raise TimeoutError
         return reading.result()
 
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
-        """Run work of which each statement is a transaction by itself; behind a pooler they share one."""
-        # Not given back to the pool between two batches: that and the way back cost as much as a small batch itself.
+        """Run work with each statement a transaction by itself; behind a pooler, all share one transaction."""
+        # Kept between two batches: returning it to the pool and taking it again costs as much as a small batch.
         async with self._step, AsyncExitStack() as broken:
             connection, self._kept = self._kept or await self._connect_for_steps(), None
             broken.push_async_exit(connection)
@@ -149,16 +150,16 @@ def _commits_each_step(connection: Connection) -> bool:
 
 def _forget(reading: "asyncio.Task[Any]") -> None:
     if not reading.cancelled():
-        reading.exception()  # it is raised where it is awaited; who has gone is owed nothing
+        reading.exception()  # marks it as seen: no warning is logged when nobody awaits it any more
 
 
 def _fetch(connection: Connection, statement: str, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
-    """Return the rows of a statement that reads, or that does all that it does or nothing.
+    """Return the rows of a statement that only reads, or that takes effect as a whole or not at all.
 
-    Asked of the driver itself: SQLAlchemy's execution and its result take longer than that. What fails is asked once
-    more through SQLAlchemy, which tells a lost connection from a wrong value and raises its own errors.
+    It goes straight to the driver: SQLAlchemy's own handling takes longer than the statement. If it fails, it is
+    executed once more through SQLAlchemy, which tells a lost connection from a wrong value and raises its own errors.
     """
-    # Else there may be no transaction yet: SQLAlchemy begins it with the first statement that goes through it.
+    # Otherwise there may be no transaction yet: SQLAlchemy begins one with the first statement that it executes itself.
     if _commits_each_step(connection):
         with suppress(*_DRIVER):
             adapted: Any = connection.connection.dbapi_connection
@@ -191,31 +192,31 @@ _REPEAT_TYPES: Mapping[str, str] = {"repeats": "integer", "transaction_id": "tex
 def _unpack(parameter: str, name: str, types: Mapping[str, str]) -> str:
     """Return SQL for the rows that a JSON parameter holds.
 
-    One text, and not an array for each column: that costs asyncpg three times as much to write and PostgreSQL to read.
+    An array for each column would take asyncpg three times as long to write, and PostgreSQL to read.
     """
     columns = ", ".join(f"{column} {kind}" for column, kind in types.items())
     return f"json_to_recordset({parameter}::json) AS {name} ({columns})"
 
 
-# By the server's clock, and no earlier than its transaction began: who looks for changes sees that one run.
+# By the server's clock, and no earlier than its transaction began: `_COMPLETE_UNTIL` sees that transaction running.
 _NOW_MS = "floor(extract(epoch from statement_timestamp()) * 1000)::bigint"
 
 # The statements. Names and types are ours; values are parameters.
 _LOOK_UP = (
-    # One array, for SQLAlchemy looks at each column of each result anew.
+    # One array: SQLAlchemy examines each column of each result again.
     f"SELECT {', '.join(f't.{name}' for name in SEEN_NAMES)}, ARRAY[{', '.join(f't.{name}' for name in MERGED_NAMES)}],"  # noqa: S608
     " CASE WHEN t.updates > 0 THEN"  # a call's first update has no history to look through
     " (SELECT h.digest FROM voice_update AS h WHERE h.transaction_id = sent.key AND h.digest = sent.digest) END"
     " FROM unnest($1::text[], $2::bytea[]) AS sent (key, digest)"
     " JOIN voice_transaction AS t ON t.transaction_id = sent.key"
 )
-# One statement, so one transaction: a row, its history and the tallies change together, or none does (decision 10).
+# One statement, so one transaction: a row, its history and the tallies change together or not at all (decision 10).
 _RECORD = (
     f"WITH written AS (UPDATE voice_transaction SET updated_at_ms = {_NOW_MS},"  # noqa: S608
     f" {', '.join(f'{name} = new.{name}' for name in WRITTEN_NAMES)}"
     f" FROM {_unpack('$1', 'new', _ROW_TYPES)}"
     " WHERE voice_transaction.transaction_id = new.transaction_id AND voice_transaction.updates = new.seen"
-    # Erasing a number changes no count of updates, and where it was typed the tallies.
+    # Erasing a number leaves the count of updates as it is, but changes the tallies if the digits pressed held it.
     " AND voice_transaction.dtmf_digits IS NOT DISTINCT FROM new.digits_seen"
     " RETURNING voice_transaction.transaction_id, voice_transaction.deployment_id, new.change),"
     f" history AS (INSERT INTO voice_update ({', '.join(_HISTORY_TYPES)}) SELECT received.*"
@@ -233,7 +234,7 @@ _ADD_REPEATS = (
 _INSERT_DEPLOYMENT = (
     "INSERT INTO deployment (deployment_id, name, created_at_ms) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
 )
-# One statement, also where each is a transaction by itself: what is registered is counted.
+# One statement, so that what is registered is also counted, even where each statement is a transaction by itself.
 _REGISTER = (
     "WITH registered AS (INSERT INTO voice_transaction (transaction_id, deployment_id, registered_at_ms)"
     " SELECT sent.id, $2::text, $3::bigint FROM unnest($1::text[]) AS sent (id)"
@@ -241,13 +242,13 @@ _REGISTER = (
     " INSERT INTO tally_change (deployment_id, registered, changes)"
     " SELECT $2::text, count(*), '' FROM registered HAVING count(*) > 0"
 )
-# A fold may come to thousands of rows, and one by one they take ten times as long.
+# A fold may add thousands of rows, and one at a time they take ten times as long.
 _ADD_TALLIES = (
     "INSERT INTO tally (deployment_id, measure, item, count)"
     " SELECT added->>0, added->>1, added->>2, (added->>3)::bigint FROM json_array_elements($1::json) AS added"
     " ON CONFLICT (deployment_id, measure, item) DO UPDATE SET count = tally.count + excluded.count"
 )
-# The locks are there for every role to see; when a transaction began, a role sees of its own ones.
+# Every role sees all locks; but when a transaction began, a role sees only of its own transactions.
 _COMPLETE_UNTIL = (
     "SELECT floor(extract(epoch from"
     " least(statement_timestamp() - make_interval(secs => $1), min(a.xact_start))) * 1000)::bigint"
@@ -280,13 +281,13 @@ def record(
 
 
 def write_nothing(connection: Connection) -> None:
-    """Execute what records updates, for none: what keeps a batch from being written keeps this from being done."""
+    """Execute the statement that records updates with no update: it fails if a batch could not be written."""
     _fetch(connection, _RECORD, ("[]", "[]", ""))
 
 
 def note_repeats(connection: Connection, repeats: Mapping[tuple[str, bytes], int]) -> None:
     """See `voicetx.storage.statements.note_repeats`."""
-    # In one order, so that two processes never wait for each other.
+    # Sorted, so that no two processes can deadlock.
     rows = [dict(zip(_REPEAT_TYPES, (times, *key), strict=True)) for key, times in sorted(repeats.items())]
     connection.exec_driver_sql(_ADD_REPEATS, (_dump(rows),))
 
@@ -342,7 +343,7 @@ def match_ids(ids: Collection[str]) -> tuple[ColumnElement[bool], dict[str, Any]
 
 
 def _dump(rows: Sequence[Any]) -> str:
-    """Return rows as JSON in which bytes are written as PostgreSQL reads them."""
+    """Return rows as JSON, with bytes in the form that PostgreSQL reads."""
     return orjson.dumps(rows, default=_dump_bytes).decode()
 
 

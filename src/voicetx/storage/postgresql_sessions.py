@@ -1,8 +1,8 @@
-"""Sessions of a PostgreSQL server, the settings that hold in them, and the engines that keep them.
+"""Sessions of a PostgreSQL server, the settings in them, and the engines that pool them.
 
-A session of our own is set once. Behind a pooler a session may be another one for each transaction, and somebody else's
-for the next: there each transaction brings the settings along, in the same message as its BEGIN, and takes them away
-again, and no statement is prepared under a name (docs/decisions/0021-poolers.md). Knows no table of ours.
+In a session of our own the settings are made once. Behind a pooler, each transaction may run in another session, which
+others use afterwards. So there each transaction makes the settings for itself, in the same message as its BEGIN; they
+end with it, and no statement is prepared under a name (docs/decisions/0021-poolers.md). Knows no table of ours.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from voicetx.addresses import ServerAddress
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-# Acknowledged means on disk, whatever a role or a database is set to; settings that ask for more than that stay.
+# Acknowledged means on disk, whatever is set for the role or the database; a setting that asks for more is kept.
 _COMMIT_TO_DISK = (
     "set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), {is_local})"
 )
 _READ_ONLY = "25006"
-# What makes a host one that another may stand in for; a wrong password is wrong everywhere.
+# After these errors the next host is tried. A wrong password is not among them: it is wrong on every host.
 _NOT_THIS_HOST = (
     OSError,
     asyncpg.PostgresConnectionError,
@@ -34,7 +34,7 @@ _BY_KEY = {
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
-    "jit": "off",  # a plan for which there is no other way has a cost that would have it compiled
+    "jit": "off",  # a plan that was left without alternatives looks so costly that PostgreSQL would compile it
 }
 
 
@@ -46,16 +46,16 @@ _OPTIONS_REFUSED = (
 
 
 class PoolerUnfit(Exception):  # noqa: N818 - a state of the world, named as one
-    """A pooler is in between that won't do, or not with this URL; the text says what to do."""
+    """There is a pooler in between that can't be used, or not with this URL; the text says what to do."""
 
 
 class PooledConnection(asyncpg.Connection):  # type: ignore[misc]  # it ships no type information
-    """A connection to a pooler: what is set in a transaction begins and ends with it."""
+    """A connection to a pooler: settings are made for each transaction and end with it."""
 
     settings = ""
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109 - asyncpg's
-        """Execute as asyncpg does; a transaction's BEGIN takes the settings along."""
+        """Execute as asyncpg does; a transaction's BEGIN is sent together with the settings."""
         if query.startswith("BEGIN"):
             query = f"{query} {self.settings}"
         return str(await super().execute(query, *args, timeout=timeout))
@@ -64,11 +64,11 @@ class PooledConnection(asyncpg.Connection):  # type: ignore[misc]  # it ships no
 async def open_session(
     options: Mapping[str, Any], *, timeout_seconds: float, statement_seconds: float | None, plans_by_key: bool
 ) -> asyncpg.Connection:
-    """Return a connection in whose transactions a commit waits for the disk; behind a pooler, a `PooledConnection`.
+    """Return a connection whose commits wait for the disk; behind a pooler, a `PooledConnection`.
 
-    `options` are asyncpg's, with `server_settings` and without times. With `plans_by_key` rows are looked up by their
-    keys, whatever the statistics say. Text is UTF-8, whatever the URL, the role or the database asks for. Raises what
-    asyncpg raises, and `PoolerUnfit`.
+    `options` are asyncpg's, with `server_settings` but without timeouts. With `plans_by_key` rows are looked up by
+    their keys, whatever the statistics say. Text is UTF-8, whatever the URL, the role or the database asks for. Raises
+    what asyncpg raises, and `PoolerUnfit`.
     """
     how = {
         "timeout": timeout_seconds,
@@ -83,13 +83,13 @@ async def open_session(
             raise
         raise PoolerUnfit(_OPTIONS_REFUSED) from error
     try:
-        # A pooler answers with a process id of its own making, for the session behind it changes.
+        # A pooler reports a process id that it made up, since the session behind it changes.
         is_own = f"pg_backend_pid() = {connection.get_server_pid()}"
         set_rows = await connection.execute(f"{_set(plans_by_key, is_local=False)} WHERE {is_own}")
         if set_rows == "SELECT 1":
             return connection
         await connection.close()
-        # A name would be taken, or not known, in the next session.
+        # In the next session a statement's name might be taken, or unknown.
         connection = await asyncpg.connect(**how, statement_cache_size=0, connection_class=PooledConnection)
         connection.settings = _set(plans_by_key, is_local=True)
         await _try_transaction(connection)
@@ -100,7 +100,7 @@ async def open_session(
 
 
 def _set(plans_by_key: bool, *, is_local: bool) -> str:  # noqa: FBT001 - passed on
-    """Return a query that makes the settings, for the session or only for the transaction."""
+    """Return a query that makes the settings, for the whole session or only for the transaction."""
     made = [_COMMIT_TO_DISK.format(is_local=is_local)]
     if plans_by_key:
         made += [f"set_config('{name}', '{value}', {is_local})" for name, value in _BY_KEY.items()]
@@ -126,11 +126,11 @@ def make_engine(
     *,
     plans_by_key: bool = False,
 ) -> "AsyncEngine":
-    """Return an engine whose connections are sessions as `open_session` has them, of the first host that will do."""
-    # It brings SQLAlchemy's ORM along: what works on a file starts faster without.
+    """Return an engine whose connections come from `open_session`, on the first host that can be used."""
+    # It imports SQLAlchemy's ORM too; a process that works on a file starts faster without it.
     from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
 
-    # asyncpg would give the first of several hosts all the time there is: where that one hangs, no other is asked.
+    # asyncpg would give the first of several hosts all the time: if that one hangs, no other would be tried.
     connect_seconds = min(timeout_seconds / len(address.hosts), address.connect_timeout_seconds or timeout_seconds)
 
     async def connect() -> Any:
@@ -148,7 +148,7 @@ def make_engine(
         raise errors[-1]
 
     def adapt() -> Any:
-        # As `async_creator` would do it, but behind a pooler no statement is kept, and none has a name.
+        # As `async_creator` does it, but behind a pooler prepared statements are not cached and have no name.
         connection = await_only(connect())
         kept = {"prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
 
@@ -173,7 +173,7 @@ def make_engine(
 
 
 def _leave_what_is_read_only(engine: Engine) -> None:
-    """Connect anew where nothing can be written, as after a failover that cuts no connections."""
+    """Reconnect if the server is read-only, as after a failover that leaves connections open."""
 
     @event.listens_for(engine, "handle_error")
     def _leave(context: ExceptionContext) -> None:

@@ -2,7 +2,7 @@
 
 `alembic/versions/` builds exactly this, and a test compares the two. Everything that one update touches has
 `transaction_id` in its key, so that the two big tables can be sharded by it. Times that the service takes itself are
-milliseconds since 1970 UTC; times from the wire are kept as they were sent. This module knows no statement.
+milliseconds since 1970 UTC; times from the wire are kept as they were sent. This module holds no statement.
 """
 
 from collections.abc import Collection
@@ -36,7 +36,7 @@ metadata = MetaData(
     }
 )
 
-# Ids are ASCII: compared byte by byte they sort as Python sorts them, and faster than in a language's order.
+# Ids are ASCII: compared byte by byte they sort as in Python, and faster than by a language's rules.
 _ID = String(128).with_variant(String(128, collation="C"), "postgresql")
 
 UNASSIGNED = "unassigned"
@@ -46,7 +46,7 @@ FIELD_NAMES: tuple[str, ...] = tuple(name for name in WIRE_NAMES if name != "tra
 """The merged fields of a transaction, in the order of the contract: one column each."""
 
 MERGED_NAMES: tuple[str, ...] = (*FIELD_NAMES, "set_back")
-"""All that updates overlay: those fields, and what the times among them can't be read without."""
+"""All columns that updates are merged into: these fields, and what is needed to read the times among them."""
 
 api_user = Table(
     "api_user",
@@ -110,7 +110,7 @@ voice_transaction = Table(
     Column("updated_at_ms", BigInteger),
     Index("ix_voice_transaction_deployment_id", "deployment_id", "transaction_id"),
 )
-# Those whose outcome is missing; a row leaves it once, when its call is over.
+# The transactions whose outcome is missing; a row leaves this index once, when its call is over.
 Index(
     "ix_voice_transaction_unfinished",
     voice_transaction.c.deployment_id,
@@ -119,7 +119,7 @@ Index(
     postgresql_where=~voice_transaction.c.finished,
 )
 
-# No foreign keys: they would cost a look-up a row, and a history outlives the API user that sent it.
+# No foreign keys: each row would cost a look-up, and a history outlives the API user that sent it.
 voice_update = Table(
     "voice_update",
     metadata,
@@ -140,11 +140,11 @@ tally = Table(
     Column("count", BigInteger, nullable=False),
 )
 
-# Only ever added to by those who record, so that nobody waits for a counter.
+# Recording only adds rows here, so no update ever waits for a counter.
 tally_change = Table(
     "tally_change",
     metadata,
-    # Not of a plain sequence, for which a role that may write the tables needs one more right.
+    # Identity, not a plain sequence: on that, a role that may write the tables would need one more right.
     Column("change_id", BigInteger().with_variant(Integer, "sqlite"), Identity(), primary_key=True),
     Column("deployment_id", _ID, nullable=False),
     Column("registered", Integer, nullable=False, server_default="0"),
@@ -165,5 +165,5 @@ audit_record = Table(
 
 
 def are_ours(table_names: Collection[str]) -> bool:
-    """Say whether these are the tables of a voicetx database, whatever its schema: nobody else's have such names."""
+    """Say whether these are the tables of a voicetx database, at any schema; no other application has such names."""
     return voice_transaction.name in table_names or voice_update.name in table_names

@@ -1,4 +1,4 @@
-"""Counts that the processes of one instance keep together, in a file, where there is no Redis or it is away."""
+"""Counts that the processes of one instance share in a file when there is no Redis or it is away."""
 
 import sqlite3
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 import structlog
 
 COUNTS_FILE_VARIABLE = "VOICETX_COUNTS_FILE"
-"""The environment variable in which `voicetx serve` tells its processes where they count calls together. No setting."""
+"""The environment variable in which `voicetx serve` tells its processes where this file is. Not a setting."""
 
 _WAIT_FOR_FILE_SECONDS = 0.1
 _KEPT_AFTER_WINDOW_SECONDS = 60  # for a process that asks at the very end of the window
@@ -16,7 +16,7 @@ _log = structlog.get_logger(__name__)
 
 
 class SharedCounts:
-    """Counts in an SQLite file, which need not outlive the processes; closed with `close`."""
+    """Counts in an SQLite file, which need not outlive the processes; to be closed with `close`."""
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, timeout=_WAIT_FOR_FILE_SECONDS, isolation_level=None)
@@ -40,7 +40,7 @@ class SharedCounts:
                 " RETURNING calls",
                 (key, amount, now + length_seconds + _KEPT_AFTER_WINDOW_SECONDS),
             ).fetchall()
-            if counted == amount:  # a window begins, so it is time to delete the counts of old ones
+            if counted == amount:  # a window begins: a good time to delete the counts of old ones
                 self._connection.execute("DELETE FROM count WHERE kept_until < ?", (now,)).close()
         except sqlite3.Error as error:  # such as a full disk
             _log.warning("throttle.counts_away", reason=str(error))

@@ -1,8 +1,8 @@
 """A database file: its connections, and the statements of a batch and of the tallies in SQLite's own SQL.
 
-`voicetx.storage.store` runs work on `Embedded`; `voicetx.storage.statements` has what each statement promises, which
-`voicetx.storage.postgresql` keeps under the same names. What is written here runs under the lock that BEGIN IMMEDIATE
-took, so nobody changes a row between reading and writing it. Sources: sqlite.org/lang_transaction.html;
+`voicetx.storage.store` runs work on `Embedded`. `voicetx.storage.statements` says what each statement promises;
+`voicetx.storage.postgresql` has the same statements under the same names. Writes run under the lock that BEGIN
+IMMEDIATE took, so nobody else changes a row between reading and writing it. Sources: sqlite.org/lang_transaction.html;
 docs/decisions/0007-one-work-two-databases.md and 0015-writer-process.md.
 """
 
@@ -31,35 +31,35 @@ from voicetx.storage.writer_process import OwnProcess, ProcessLost
 
 T = TypeVar("T")
 
-_PATIENT_WAIT_SECONDS = 86_400.0  # for another process that writes to the file
-_ROOM_BYTES = 1 << 20  # for another batch in a file's log
-_SHORT_HISTORY = 100  # read whole: that is faster than one update after the other
+_PATIENT_WAIT_SECONDS = 86_400.0  # for another process to finish writing to the file
+_ROOM_BYTES = 1 << 20  # the free space that one more batch may need in the file's log
+_SHORT_HISTORY = 100  # up to so many updates, reading all is faster than looking up each one
 _REFUSED_VALUES = (
     sqlite3.IntegrityError,
     sqlite3.DataError,
     sqlite3.InterfaceError,
     sqlite3.ProgrammingError,
-    OverflowError,  # a number past 64 bits, on its way there
+    OverflowError,  # raised here, for a number of more than 64 bits
     orjson.JSONEncodeError,
 )
 _AWAY = (OSError, PoolTimeoutError, sqlite3.Error, ProcessLost)
 
 _BEGIN_WRITING = "BEGIN IMMEDIATE"
-# The pages that updates touch lie anywhere: kept in memory (KiB), and copied from the log (pages of 4 KiB) more rarely
-# than after each thousand, which is every few batches.
+# Updates touch pages all over the file, so 64 MiB of pages are kept in memory, and the log is copied into the file
+# after 8000 pages of 4 KiB. SQLite's default of 1000 pages would mean every few batches.
 _WRITER_PRAGMAS = ("cache_size=-65536", "wal_autocheckpoint=8000")
 
 
 class FileMissing(Exception):  # noqa: N818 - a state of the world, named as one
-    """There is no such database file, and nobody asked for one to be made; the text is a sentence."""
+    """There is no such database file, and nobody asked to create one; the text is a sentence."""
 
 
 class Embedded:
-    """A database file: one thread that writes, and some that read beside it.
+    """A database file: one thread that writes, and some that read at the same time.
 
-    A piece of work goes to a thread as a whole. Statement by statement, the way there and back would cost more than
-    the statements. With `has_writer` batches go to a process of their own (docs/decisions/0015-writer-process.md). With
-    `is_patient` work waits as long as it takes for whoever writes to the file, and else for `timeout_seconds`.
+    A piece of work goes to a thread as a whole; sending each statement by itself would cost more than the statements.
+    With `has_writer`, batches go to a process of their own (docs/decisions/0015-writer-process.md). Work waits at most
+    `timeout_seconds` for others who write to the file, or with `is_patient` a whole day.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Embedded:
         self._process = OwnProcess() if has_writer else None
         self._writer = _make_writer(path, self._wait_seconds)
         self._reader = _make_engine(path, "BEGIN", pool_size, self._wait_seconds)
-        # Threads are started when they are needed.
+        # Each thread starts only when it is needed.
         self._writing = ThreadPoolExecutor(1, "voicetx-write")
         self._reading = ThreadPoolExecutor(pool_size, "voicetx-read")
 
     async def make(self) -> None:
-        """Make the file where it is not there: empty, and for its owner only."""
+        """Create the file if it is missing: empty, and readable by its owner only."""
         await asyncio.to_thread(_make_private_file, self._path)
 
     async def write(self, work: Callable[[Connection], T]) -> T:
@@ -83,7 +83,7 @@ class Embedded:
         return await self._run(self._writing, self._writer, work)
 
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
-        """Run work in a transaction, in the process that writes where there is one; pickled for that."""
+        """Run work in a transaction, in the writer process if there is one; it is pickled for that."""
         if self._process is None:
             return await self.write(work)
         return await self._process.run(partial(_write_file, self._path, self._wait_seconds, time.monotonic(), work))
@@ -93,7 +93,7 @@ class Embedded:
         return await self.write_in_steps(work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
-        """Run work that writes nothing in a transaction; it waits for nobody who writes."""
+        """Run work that only reads, in a transaction; it does not wait for writers."""
         return await self._run(self._reading, self._reader, work)
 
     async def check_writable(self) -> None:
@@ -135,10 +135,11 @@ def _transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 
 
 def _write_file(path: Path, wait_seconds: float, sent_at: float, work: Callable[[Connection], T]) -> T:
-    """Run work in a transaction of its own; called in the process that writes.
+    """Run work in a transaction of its own; called in the writer process.
 
-    What was sent longer ago than `wait_seconds` is not done: behind a lock, each that waits would wait for it once
-    more, for nobody. What was sent to a process that starts has that time from then on.
+    Raises TimeoutError for work that was sent longer ago than `wait_seconds`: while the file is locked, such work would
+    wait for the lock once more although its callers have given up. For work sent while this process was starting, the
+    time counts from the end of its start.
     """
     writer, opened_at = _open_writer(path, wait_seconds)
     if time.monotonic() >= max(sent_at, opened_at) + wait_seconds:
@@ -148,7 +149,7 @@ def _write_file(path: Path, wait_seconds: float, sent_at: float, work: Callable[
 
 @cache
 def _open_writer(path: Path, wait_seconds: float) -> tuple[Engine, float]:
-    """Return what writes here, and when it was made, by a clock that all processes share."""
+    """Return the engine that writes here, and when it was made, by a clock that all processes share."""
     return _make_writer(path, wait_seconds), time.monotonic()
 
 
@@ -157,9 +158,9 @@ def _make_writer(path: Path, wait_seconds: float) -> Engine:
 
 
 def _write_ahead(connection: Connection) -> None:
-    """Have a file of ours written to a log beside it first: that is noted in the file, so any other is left as it is.
+    """Switch a file of ours to write-ahead logging; any other file is left alone, since the mode is kept in the file.
 
-    Only who writes does so, once for each connection; who reads changes nothing.
+    Only connections that write do so, once each; those that read change nothing.
     """
     if "is_ours" in connection.info:
         return
@@ -194,8 +195,8 @@ def _make_engine(path: Path, begin: str, pool_size: int, wait_seconds: float, pr
 
 
 def _open_file(path: Path, wait_seconds: float) -> sqlite3.Connection:
-    """Return a connection to a file that is there; any thread of a pool may use it, one at a time."""
-    address = f"{path.absolute().as_uri()}?mode=rw"  # SQLite by itself would make the file
+    """Return a connection to an existing file; any thread of a pool may use it, one at a time."""
+    address = f"{path.absolute().as_uri()}?mode=rw"  # without it, SQLite would create the file
     try:
         return sqlite3.connect(address, uri=True, isolation_level=None, timeout=wait_seconds, check_same_thread=False)
     except sqlite3.OperationalError:
@@ -205,15 +206,15 @@ def _open_file(path: Path, wait_seconds: float) -> sqlite3.Connection:
 
 
 def _make_private_file(path: Path) -> None:
-    """Make a new embedded database readable by its owner only; SQLite gives its side files the same mode."""
+    """Create a missing database file, readable by its owner only; SQLite gives its side files the same mode."""
     if not path.exists():
         with suppress(FileExistsError):
-            # As SQLite, at the end of a symbolic link.
+            # Like SQLite, follow a symbolic link.
             os.close(os.open(path.resolve(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _get_driver(connection: Connection) -> sqlite3.Connection:
-    """Return the driver's own connection: a statement on it costs a fraction of SQLAlchemy's way to it."""
+    """Return the driver's own connection: a statement on it costs a fraction of one through SQLAlchemy."""
     return cast("sqlite3.Connection", connection.connection.driver_connection)
 
 
@@ -290,7 +291,7 @@ def record(
 
 
 def write_nothing(connection: Connection) -> None:
-    """Update no row, and see whether the disk has room: what keeps a batch from being written keeps this from it."""
+    """Update no row, and see whether the disk has room; raise what a batch would raise."""
     file = _get_driver(connection)
     file.execute(_UPDATE_NOTHING)
     folder = Path(file.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()[0]).parent
@@ -324,7 +325,7 @@ def add_tallies(connection: Connection, rows: Sequence[tuple[str, str, str, int]
 def take_changes(connection: Connection, changes: Sequence[Sequence[Any]]) -> bool:
     """See `voicetx.storage.statements.take_changes`."""
     ids = (_dump([change_id for change_id, *_ in changes]),)
-    # SQLite gives the ids of a table that was emptied again: the rows themselves are compared.
+    # Once the table was empty, SQLite gives the same ids again, so the rows themselves are compared.
     if connection.exec_driver_sql(_READ_CHANGES, ids).all() != [*map(tuple, changes)]:
         return False
     connection.exec_driver_sql(_DELETE_CHANGES, ids)
@@ -332,7 +333,7 @@ def take_changes(connection: Connection, changes: Sequence[Sequence[Any]]) -> bo
 
 
 def hold_off_folding(_connection: Connection) -> None:
-    """Do nothing: a file has one writer, and who folds is not it now."""
+    """Do nothing: a file has one writer at a time, so no fold can run now."""
 
 
 def look_up_by_key(_connection: Connection) -> None:

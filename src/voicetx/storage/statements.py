@@ -1,8 +1,8 @@
-"""The statements that SQLite and PostgreSQL say differently: what each promises, and whose it is on a connection.
+"""The statements that differ between SQLite and PostgreSQL: what each promises, and which of the two is called.
 
 `voicetx.storage.sqlite` and `voicetx.storage.postgresql` have them, under the same names, in each database's own SQL;
-callers need not know which database it is. Statements that both read alike stand beside what they are for, in
-SQLAlchemy's words. Source: docs/decisions/0007-one-work-two-databases.md.
+callers need not know which database it is. Statements that are the same for both are written with SQLAlchemy, in the
+modules that use them. Source: docs/decisions/0007-one-work-two-databases.md.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +15,7 @@ from voicetx.storage.rows import ChangedRow, SeenRow
 
 
 def look_up(connection: Connection, asked: Mapping[str, Collection[bytes]]) -> dict[str, SeenRow]:
-    """Return those of the transactions that are registered, by id; asked for by id and digests of updates."""
+    """Return the registered ones among these transactions, by id; `asked` has the digests to look for, by id."""
     if not asked:
         return {}
     if _is_server(connection):
@@ -26,13 +26,13 @@ def look_up(connection: Connection, asked: Mapping[str, Collection[bytes]]) -> d
 def record(
     connection: Connection, rows: Sequence[ChangedRow], history: Sequence[Mapping[str, Any]], heading: str
 ) -> set[str]:
-    """Write transactions back and add what is new to the history, each only if nobody has changed it since it was read.
+    """Write transactions back and add their new updates to the history; skip those changed since they were read.
 
-    Both happen or neither does, for each transaction by itself, and so does what goes to `tally_change`: of each
-    deployment the heading and then the lines `change` of its rows. Rows come in the order of their ids, so that two
-    processes never wait for each other; an update of the history by the names of `HISTORY_NAMES` and in their order.
-    What is written has the instant of this very database transaction (docs/decisions/0023-complete-until.md). Returns
-    the ids that were written.
+    For each transaction, the row, its history and its line in `tally_change` are written together or not at all. For
+    each deployment, `tally_change` gets the heading and then the lines `change` of its rows. Rows have to be sorted by
+    id, so that no two processes can deadlock; an update of the history has the names of `HISTORY_NAMES` in their order.
+    Rows are marked with the instant of this very database transaction (docs/decisions/0023-complete-until.md). Returns
+    the ids of the transactions that were written.
     """
     if _is_server(connection):
         return postgresql.record(connection, rows, history, heading)
@@ -40,7 +40,7 @@ def record(
 
 
 def note_repeats(connection: Connection, repeats: Mapping[tuple[str, bytes], int]) -> None:
-    """Add to how often updates of the history came again, given by transaction id and digest."""
+    """Add to the counts of how often updates in the history came again, given by transaction id and digest."""
     if _is_server(connection):
         postgresql.note_repeats(connection, repeats)
     else:
@@ -48,7 +48,7 @@ def note_repeats(connection: Connection, repeats: Mapping[tuple[str, bytes], int
 
 
 def add_deployment(connection: Connection, deployment_id: str, name: str, created_at_ms: int) -> None:
-    """Add a deployment; one of that id that is there stays as it is."""
+    """Add a deployment; if there is one of that id already, it stays as it is."""
     if _is_server(connection):
         postgresql.add_deployment(connection, deployment_id, name, created_at_ms)
     else:
@@ -58,7 +58,7 @@ def add_deployment(connection: Connection, deployment_id: str, name: str, create
 def register(connection: Connection, deployment_id: str, ids: Collection[str], now_ms: int) -> None:
     """Register transactions with a deployment, and add their number to `tally_change`.
 
-    Those that are registered anywhere stay as they are.
+    Transactions that are registered already, with whichever deployment, stay as they are.
     """
     if _is_server(connection):
         postgresql.register(connection, deployment_id, ids, now_ms)
@@ -67,7 +67,7 @@ def register(connection: Connection, deployment_id: str, ids: Collection[str], n
 
 
 def add_tallies(connection: Connection, rows: Sequence[tuple[str, str, str, int]]) -> None:
-    """Add to tallies, given by deployment, measure and item with the number to add; in one order, and not none."""
+    """Add to tallies; each row has deployment, measure, item and the number to add. Sorted, and at least one row."""
     if _is_server(connection):
         postgresql.add_tallies(connection, rows)
     else:
@@ -75,10 +75,9 @@ def add_tallies(connection: Connection, rows: Sequence[tuple[str, str, str, int]
 
 
 def take_changes(connection: Connection, changes: Sequence[Sequence[Any]]) -> bool:
-    """Delete rows of `tally_change`, given as they were read, and say whether they were there and are ours to fold.
+    """Delete rows of `tally_change`, given as they were read, and say whether this process may fold them.
 
-    Where another process has folded some of them, or is folding, this returns False; the transaction is then to be
-    rolled back.
+    Returns False if another process has folded some of them or is folding now; then roll the transaction back.
     """
     if _is_server(connection):
         return postgresql.take_changes(connection, changes)
@@ -86,7 +85,7 @@ def take_changes(connection: Connection, changes: Sequence[Sequence[Any]]) -> bo
 
 
 def hold_off_folding(connection: Connection) -> None:
-    """Wait for a fold that is under way, and let none begin before the end of this transaction."""
+    """Wait for a fold under way to end, and let no other begin before the end of this transaction."""
     if _is_server(connection):
         postgresql.hold_off_folding(connection)
     else:
@@ -94,9 +93,9 @@ def hold_off_folding(connection: Connection) -> None:
 
 
 def look_up_by_key(connection: Connection) -> None:
-    """Have rows found by their keys until the end of this transaction.
+    """Have rows looked up by key until the end of this transaction.
 
-    Statistics may still say that a table is small, and PostgreSQL would then read all of a big one.
+    Statistics may still say that a big table is small, and PostgreSQL would then read all of it.
     """
     if _is_server(connection):
         postgresql.look_up_by_key(connection)
@@ -105,20 +104,20 @@ def look_up_by_key(connection: Connection) -> None:
 
 
 def take_now_ms(connection: Connection) -> Any:
-    """Return the instant of a change that is about to be written: the database server's, or on a file that under lock.
+    """Return the instant for a change about to be written: the database server's, or on a file that of this process.
 
-    Whoever asks by `find_complete_until` which changes may still be missing relies on it.
+    On a file it has to be taken under the write lock. `find_complete_until` relies on these instants.
     """
     return postgresql.take_now_ms() if _is_server(connection) else sqlite.take_now_ms()
 
 
 def find_complete_until(connection: Connection, settle_seconds: float) -> int:
-    """Return up to which instant nothing is missing of what a later statement reads; to be asked for before that.
+    """Return the instant before which no change will be missing from what is read next; call it before that read.
 
-    A change that is committed after this has an `updated_at_ms` (or `registered_at_ms`, where it was taken over) at
-    that instant or later. That holds on PostgreSQL for whoever writes to transactions at this moment, however long that
-    takes; for what can't be seen there, and on a file, as long as a change is on disk `settle_seconds` after it was
-    made, by clocks that agree. Source: docs/decisions/0023-complete-until.md.
+    A change that is committed after this call has an `updated_at_ms` (or `registered_at_ms`, where it was taken over)
+    at that instant or later. On PostgreSQL that holds for everyone who is writing to transactions at this moment,
+    however long they take. For writers that can't be seen there, and on a file, it holds as long as a change is on disk
+    within `settle_seconds` after it was made, and clocks agree. Source: docs/decisions/0023-complete-until.md.
     """
     if _is_server(connection):
         return postgresql.find_complete_until(connection, settle_seconds)

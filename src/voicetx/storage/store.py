@@ -1,8 +1,8 @@
-"""The database of a process: work goes in, and comes back when it is committed, or with one of three errors.
+"""A process's database: it runs a piece of work and returns once that is committed, or raises one of its errors.
 
 `Store` runs a piece of work inside one transaction, on SQLite and PostgreSQL alike, runs it again where that helps, and
-says `StoreUnavailable` where the database cannot be had. How each database is reached is in `voicetx.storage.sqlite`
-and `voicetx.storage.postgresql`, and so is the SQL that they say differently (`voicetx.storage.statements`).
+raises `StoreUnavailable` if the database can't be reached. `voicetx.storage.sqlite` and `voicetx.storage.postgresql`
+know how to reach each database, and have the SQL in which they differ (`voicetx.storage.statements`).
 """
 
 import asyncio
@@ -22,24 +22,24 @@ from voicetx.storage.sqlite import Embedded
 
 T = TypeVar("T")
 
-_GRACE_SECONDS = 5.0  # for a cancelled commit to end, a disk to be slow, and clocks to differ
+_GRACE_SECONDS = 5.0  # for a cancelled commit to end, for a slow disk, and for clocks that differ
 _LONGEST_RETRY_PAUSE_SECONDS = 0.05  # before work is run again
 
 
 class StoreUnavailable(Exception):  # noqa: N818 - a state of the world, named as one
-    """The database could not be reached, or could not do its work now; nothing is known to be written."""
+    """The database could not be reached, or could not do its work now; whether anything was written is unknown."""
 
 
 class DatabaseUnfit(StoreUnavailable):
-    """The database, or what is in between, won't do as it is; the text is a sentence and says what to do."""
+    """The database, or a pooler in between, can't be used as it is; the text is a sentence that says what to do."""
 
 
 class DatabaseMissing(DatabaseUnfit):
-    """There is no such database file, and nobody asked for one to be made; the text is a sentence."""
+    """There is no such database file, and nobody asked to create one; the text is a sentence."""
 
 
 class ValueRefused(Exception):  # noqa: N818 - what happened to the work
-    """The database is well and refuses a value of the work, which was rolled back; a retry changes nothing."""
+    """The database works but refuses a value; the work was rolled back, and a retry would not help."""
 
 
 _ERRORS: Mapping[Cause, type[Exception]] = {
@@ -47,11 +47,11 @@ _ERRORS: Mapping[Cause, type[Exception]] = {
     Cause.MISSING: DatabaseMissing,
     Cause.UNFIT: DatabaseUnfit,
 }
-"""What is raised for a cause; for the others it is `StoreUnavailable`."""
+"""The exception for each cause; for the causes that are not here it is `StoreUnavailable`."""
 
 
 class Turn(NamedTuple):
-    """A database can't be had any more to `read` or to `write`, and why; or it can again, after so many seconds."""
+    """The database stopped working for `work` (read or write), with the cause; or works again, after so long away."""
 
     work: str
     cause: str | None
@@ -61,10 +61,10 @@ class Turn(NamedTuple):
 class Store:
     """One process's way to its database.
 
-    `database_url` is as `read_database_url` has it. Statements and connects take at most `timeout_seconds` each. With
-    `has_writer` a file is written in steps by a process of its own, so that the event loop does not wait for it. With
-    `is_patient`, for work that nobody waits for, statements take as long as they take. `tell` hears when it can't be
-    had any more to read or to write, and when that works again.
+    `database_url` is as `read_database_url` accepts it. Each statement and each connect takes at most
+    `timeout_seconds`. With `has_writer`, `write_in_steps` writes to a file in a process of its own, so that the event
+    loop does not wait for it. `is_patient` is for work that nobody waits for: its statements have no time limit.
+    `tell` is called when the database stops working for reading or for writing, and when it works again.
     Construct it anywhere; use it on one event loop; `close` it there.
     """
 
@@ -99,52 +99,52 @@ class Store:
 
     @property
     def settle_seconds(self) -> float:
-        """How long after a change was made it is on disk or never will be: its time limit, and some for clocks."""
+        """The time after which a change is on disk or never will be: its time limit, and some for delays and clocks."""
         return self._timeout_seconds + _GRACE_SECONDS
 
     async def make(self) -> None:
-        """Make a database file that is not there: empty, and for its owner only. A server's database is made elsewhere.
+        """Create a missing database file: empty, and readable by its owner only. For a server, do nothing.
 
-        Without it, whatever meets a file that is not there raises `DatabaseMissing`. Raises `StoreUnavailable`.
+        Without this call, all work on a missing file raises `DatabaseMissing`. Raises `StoreUnavailable`.
         """
         await self._try(self._database.make)
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own and return its result once that is committed.
 
-        A deadlock makes it run again for `timeout_seconds`, a lost connection once, so `work` must bear being run
-        twice. Raises `StoreUnavailable`, or `ValueRefused` where a value is at fault.
+        After a deadlock it is run again, for up to `timeout_seconds`, and once more after a lost connection; so running
+        `work` twice must do no harm. Raises `StoreUnavailable`, or `ValueRefused` if a value is at fault.
         """
         return await self._run("write", partial(self._database.write, work))
 
     async def write_in_steps(self, work: Callable[[Connection], T]) -> T:
-        """Run `work`, each statement of which is right by itself, and return its result once all are committed.
+        """Run `work`, in which each statement may be committed by itself, and return its result once all are committed.
 
         On PostgreSQL each statement is a transaction, which saves a small batch half its time; on SQLite, and behind a
-        pooler, the steps share one. When it fails, the first of them may be on disk. Where a file has a writer, `work`
-        is pickled. Otherwise as `write`.
+        pooler, the steps share one. If it fails, the first steps may be on disk. Where a file has a writer, `work` is
+        pickled. Otherwise as `write`.
         """
         return await self._run("write", partial(self._database.write_in_steps, work))
 
     async def write_beside(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` as `write` does, where it is least in the way of batches: a file's writer takes it between two.
+        """Run `work` as `write` does, but where it delays batches least: a file's writer runs it between two batches.
 
         Where a file has a writer, `work` is pickled.
         """
         return await self._run("write", partial(self._database.write_beside, work))
 
     async def read(self, work: Callable[[Connection], T]) -> T:
-        """Run `work`, which writes nothing, in a transaction; raises as `write` does.
+        """Run `work`, which only reads, in a transaction; raise as `write` does.
 
-        On PostgreSQL the whole of it takes at most `timeout_seconds`.
+        On PostgreSQL all of it together takes at most `timeout_seconds`.
         """
         return await self._run("read", partial(self._database.read, work))
 
     async def check_writable(self) -> None:
-        """Raise `StoreUnavailable` where an update could not be written now; writes nothing.
+        """Raise `StoreUnavailable` if an update could not be written now; write nothing.
 
-        A file's writer is asked, between two batches. That a server's disk is full is noticed only where it then takes
-        nothing to be written, as managed ones do.
+        A file's writer checks this between two batches. A server's full disk is noticed only if the server then becomes
+        read-only, as managed ones do.
         """
         await self._run("write", self._database.check_writable)
 
@@ -178,7 +178,7 @@ class Store:
                 if failure is None:
                     raise
                 if failure.cause is Cause.CONFLICT and time.monotonic() < give_up_at:
-                    # Spread out, so that two processes don't meet again in the same place.
+                    # A random pause, so that two processes do not collide again.
                     pause_seconds = min(_LONGEST_RETRY_PAUSE_SECONDS, 0.005 * attempt)
                     await asyncio.sleep(random.uniform(0, pause_seconds))  # noqa: S311 - not for secrets
                 elif failure.cause is Cause.LOST and not has_reconnected:
@@ -194,7 +194,7 @@ def open_store(
     is_patient: bool = False,
     tell: Callable[[Turn], None] | None = None,
 ) -> Store:
-    """Return the store that the settings name; the rest as `Store` has it."""
+    """Return the store that the settings name; the other arguments are those of `Store`."""
     return Store(
         settings.database_url.get_secret_value(),
         pool_size=settings.database_pool_size,

@@ -1,8 +1,7 @@
-"""A process of one's own: functions go there, one after the other, and their results come back.
+"""A second process that runs functions, one after the other, and sends back their results.
 
-`voicetx.storage.store` writes to a database file through it. In a thread, that work and the event loop would wait for
-each other's turn at the interpreter some hundred times a batch (docs/decisions/0015-writer-process.md). Knows no
-database.
+`voicetx.storage.sqlite` writes to a database file through it. In a thread, that work and the event loop would wait for
+the interpreter's lock some hundred times a batch (docs/decisions/0015-writer-process.md). Knows no database.
 """
 
 import asyncio
@@ -29,10 +28,10 @@ class ProcessLost(Exception):  # noqa: N818 - what happened to the process
 
 
 class OwnProcess:
-    """Runs functions in a process of its own, which starts at the first of them, and again where it was lost.
+    """Runs functions in a process of its own, which starts with the first function, and again if it was lost.
 
-    What goes there and back is pickled: functions are those of a module, or partials of them. The process ends with its
-    last function when this end closes, and also when this end is killed. Use it on one event loop.
+    Functions and results are pickled, so functions have to be those of a module, or partials of them. The process
+    finishes its last function and ends when this end closes, or is killed. Use it on one event loop.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class OwnProcess:
     async def run(self, function: Callable[[], T]) -> T:
         """Run a function there and return its result, or raise what it raised; raises `ProcessLost`.
 
-        It is run also if the caller does not wait for it.
+        The function is run even if the caller stops waiting for it.
         """
         data = pickle.dumps(function, pickle.HIGHEST_PROTOCOL)
         async with self._start_lock:
@@ -57,7 +56,7 @@ class OwnProcess:
         return await result
 
     async def close(self) -> None:
-        """Return when what was sent there is done and the process has ended."""
+        """Return once everything that was sent is done and the process has ended."""
         if self._process is None or self._writer is None or self._answering is None:
             return
         if not self._writer.is_closing():
@@ -67,11 +66,12 @@ class OwnProcess:
 
     async def _start(self) -> asyncio.StreamWriter:
         if self._process is not None:
-            await asyncio.to_thread(self._process.wait)  # it is lost
+            await asyncio.to_thread(self._process.wait)  # the process is lost
         ours, theirs = socket.socketpair()
         with theirs:
-            # In a session of its own: a terminal's Ctrl-C is for those who then close it. Not by asyncio: uvloop would
-            # leave it the listener, to which clients could then connect when nobody serves them any more.
+            # In a session of its own, so that a terminal's Ctrl-C does not reach it: the serving process then closes
+            # it. Not started by asyncio, because uvloop would let it inherit the listener, and clients could then
+            # connect although nobody serves them any more.
             self._process = await asyncio.to_thread(
                 subprocess.Popen,
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
@@ -84,8 +84,8 @@ class OwnProcess:
         return writer
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Hand each result to who waits for it, in the order in which functions were sent."""
-        with held(Duty.WRITER), suppress(asyncio.IncompleteReadError, OSError):  # these say that it has ended
+        """Hand each result to its caller, in the order in which the functions were sent."""
+        with held(Duty.WRITER), suppress(asyncio.IncompleteReadError, OSError):  # these mean that the process has ended
             while True:
                 (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
                 is_result, value = _load(await reader.readexactly(length))
@@ -112,7 +112,7 @@ def _load(answer: bytes) -> tuple[bool, Any]:
 
 
 def _serve(channel: socket.socket) -> None:
-    """Run what comes in, until the other end closes."""
+    """Run the functions that come in, until the other end closes."""
     with channel, channel.makefile("rb") as incoming:
         while header := incoming.read(_LENGTH.size):
             (length,) = _LENGTH.unpack(header)
@@ -139,5 +139,5 @@ def _dump(value: object, *, is_result: bool) -> bytes:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with suppress(OSError):  # the other end is gone, and with it whoever would want to know
+    with suppress(OSError):  # the other end is gone, so there is nobody to tell
         _serve(socket.socket(fileno=int(sys.argv[1])))
