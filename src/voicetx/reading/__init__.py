@@ -1,1 +1,1 @@
-"""What became of the calls, for people and programs: reports, lists and files."""
+"""Reports, lists and exports: what became of the calls, for people and programs."""

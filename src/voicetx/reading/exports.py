@@ -1,8 +1,7 @@
-"""Transactions of a list as they are handed on: as JSON, as NDJSON, as CSV that no spreadsheet takes for formulas.
+"""Write listed transactions as JSON, as NDJSON, or as CSV that is safe to open in a spreadsheet.
 
-Where a spreadsheet would read a cell of the CSV as a formula, or eat its plus sign, an apostrophe stands before that
-sign; docs/reports.md says how a program takes it away again. Pure functions on pages of `voicetx.reading.listings`;
-knows neither who asks nor where it goes.
+Where a spreadsheet would read a cell of the CSV as a formula, or drop its plus sign, an apostrophe is put before that
+sign. docs/reports.md says how a program removes it again. Pure functions on pages of `voicetx.reading.listings`.
 """
 
 import csv
@@ -22,25 +21,26 @@ from voicetx.times import format_time
 
 _COLUMNS = (*WIRE_NAMES.values(), "inconsistent", "finished", "updates", "registered_at", "updated_at")
 
-# Before what makes a formula (OWASP, CSV Injection), full-width signs among them, at a cell's start and after whatever
-# another country's spreadsheet splits cells at; and before an apostrophe there, so that nothing is lost.
+# The places that get an apostrophe: before any sign that begins a formula (OWASP, CSV Injection), full-width ones too,
+# at the start of a cell and after any character at which a spreadsheet of some country splits cells. Also before an
+# apostrophe in these places, so that the original can be restored.
 _BEGINS_FORMULA = re.compile(r"(?:^|(?<=[,;|\t\r\n\"]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20'])")
 
 
 class ExportFormat(StrEnum):
-    """How an export is written."""
+    """The format of an export."""
 
     CSV = "csv"
     NDJSON = "ndjson"
 
 
 def mask_listed(row: ListedTransaction) -> ListedTransaction:
-    """Return what those may see of a row who have no grant to read what is personal in it."""
+    """Return a row with everything personal hidden, for users without the grant to read it."""
     return replace(row, fields={name: privacy.mask_field(name, value) for name, value in row.fields.items()})
 
 
 def describe_listed(row: ListedTransaction) -> dict[str, Any]:
-    """Return a row as JSON shows it: the fields by their wire names, beside what is known of them."""
+    """Return a row as JSON shows it: the fields by their wire names, and what else is known of the transaction."""
     return {
         "transaction-id": row.transaction_id,
         **row.fields,
@@ -63,7 +63,7 @@ def describe_receipt(receipt: Receipt) -> dict[str, Any]:
 
 
 def begin_export(export_format: ExportFormat) -> bytes:
-    """Return what an export begins with: a CSV's header."""
+    """Return the beginning of an export: the header of a CSV, nothing for other formats."""
     return _write_csv([dict(zip(_COLUMNS, _COLUMNS, strict=True))]) if export_format is ExportFormat.CSV else b""
 
 
@@ -73,7 +73,7 @@ def render_rows(rows: Iterable[ListedTransaction], export_format: ExportFormat) 
 
 
 def defuse(value: str) -> str:
-    """Return a cell's value with an apostrophe wherever a spreadsheet would take what follows for more than text."""
+    """Return a cell's value with an apostrophe wherever a spreadsheet might not take what follows for plain text."""
     return _BEGINS_FORMULA.sub("'", value)
 
 
@@ -83,7 +83,7 @@ def _write_ndjson(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _write_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([_to_cell(row.get(name)) for name in _COLUMNS] for row in rows)  # as RFC 4180 has it
+    csv.writer(text).writerows([_to_cell(row.get(name)) for name in _COLUMNS] for row in rows)  # RFC 4180
     return text.getvalue().encode()
 
 

@@ -1,9 +1,8 @@
-"""Lists of transactions: of a deployment, by what became of them, those whose outcome is missing; and receipts.
+"""Lists of transactions: those of a deployment, by what became of them or with a missing outcome; and receipts.
 
-Read-only, in pages that follow each other by transaction id: an id never changes, so nothing is shown twice or left out
-while updates come in. However rare what is asked for, a page looks at a bounded number of rows, so no list runs into a
-time-out: it may hold fewer rows than were asked for, or none, and there is more as long as `next` says so. Knows
-nothing of who asks.
+Read-only. Pages follow each other by transaction id: an id never changes, so nothing is shown twice or left out while
+updates come in. A page looks at a bounded number of rows, so no list times out, however rare the transactions it
+looks for. So a page may have fewer rows than asked for, or none, and there are more pages as long as `next` is set.
 """
 
 import time
@@ -27,11 +26,11 @@ _PARTIES = tuple(name for name, privacy in PRIVACY.items() if privacy is Privacy
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What is wanted; None leaves a condition out.
+    """Which transactions to list; a filter that is None is left out.
 
-    `updated_since_ms` takes those of which something was recorded at that instant or later, or that the deployment took
-    over then with what was recorded before; `unheard_since_ms` those of which nothing was, before that instant they
-    were registered. `number` takes those with a party of these digits.
+    `updated_since_ms` finds those that had an update recorded at that instant or later, or that the deployment took
+    over then together with earlier updates. `unheard_since_ms` finds those whose last update was recorded before that
+    instant, or whose registration was, if they have no update. `number` finds those with a party of these digits.
     """
 
     call_state: str | None = None
@@ -46,7 +45,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class ListedTransaction:
-    """A transaction in a list; `fields` by their wire names, those only that were given."""
+    """A transaction in a list; `fields` has the fields that were given, by their wire names."""
 
     transaction_id: str
     fields: Mapping[str, str]
@@ -58,14 +57,14 @@ class ListedTransaction:
 
 
 class Page(NamedTuple):
-    """Some of a list, and the id after which it goes on; None at its end."""
+    """A part of a list, and the id after which the list goes on; None at its end."""
 
     rows: Sequence[ListedTransaction]
     next: str | None
 
 
 class Receipt(NamedTuple):
-    """What is on disk of a transaction: whether it is registered, its updates, and whether what was asked is held."""
+    """What is on disk of a transaction: whether it is registered, its updates, and whether the update asked for is."""
 
     transaction_id: str
     is_registered: bool
@@ -77,17 +76,17 @@ ANYTHING = Filters()
 
 
 def match_missing(unheard_ms: int) -> Filters:
-    """Return what finds the transactions whose outcome is missing and of which nothing was heard for so long."""
+    """Return filters for transactions without an outcome that had no update for at least `unheard_ms`."""
     return Filters(is_finished=False, unheard_since_ms=time.time_ns() // 1_000_000 - unheard_ms)
 
 
 def list_transactions(
     connection: Connection, deployment_id: str, filters: Filters = ANYTHING, *, after: str = "", limit: int
 ) -> Page:
-    """Return the transactions of a deployment that come after an id, in the order of their ids, at most `limit`."""
+    """Return at most `limit` transactions of a deployment, in the order of their ids, beginning after an id."""
     belongs = [_columns.deployment_id == deployment_id, _columns.transaction_id > after]
     if filters.is_finished is False or filters.is_reported is False:
-        belongs.append(~_columns.finished)  # those have an index of their own
+        belongs.append(~_columns.finished)  # unfinished transactions have an index of their own
     order = _columns.transaction_id
     looked_at = select(order).where(*belongs).order_by(order).limit(MOST_SCANNED).subquery()
     last, count = connection.execute(select(func.max(looked_at.c.transaction_id), func.count())).one()
@@ -109,7 +108,10 @@ def list_transactions(
 
 
 def find_receipts(connection: Connection, wanted: Sequence[tuple[str, bytes | None]]) -> list[Receipt]:
-    """Return a receipt for each id, in order: with a digest whether that update is held, else whether any is."""
+    """Return a receipt for each id, in order.
+
+    With a digest, a receipt says whether that update is on disk; without one, whether any update is.
+    """
     digests: dict[str, set[bytes]] = {}
     for transaction_id, digest in wanted:
         digests.setdefault(transaction_id, set()).add(digest if digest is not None else b"")
@@ -146,7 +148,7 @@ def _match(filters: Filters, registered_at_ms: ColumnElement[int]) -> list[Colum
     if filters.unheard_since_ms is not None:
         conditions.append(func.coalesce(_columns.updated_at_ms, registered_at_ms) < filters.unheard_since_ms)
     if filters.number is not None:
-        # Whatever stands between the digits; which number it is, is seen afterwards.
+        # This allows anything between the digits; whether it is this number is checked afterwards.
         pattern = "%" + "%".join(filters.number) + "%"
         conditions.append(or_(*(_columns[name].like(pattern) for name in _PARTIES)))
     return conditions

@@ -1,7 +1,7 @@
 """Reports: the numbers of a deployment, and what became of the calls of API users.
 
-Only reads. The numbers come from the tallies, so the report of a million transactions costs what one of a hundred does.
-It does not know who asks; `mask_deployment` hides what is personal. How each number is defined: docs/reports.md.
+Read-only. The numbers come from the tallies, so a report on a million transactions costs as much as one on a hundred.
+`mask_deployment` hides what is personal. How each number is defined: docs/reports.md.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ _PRESSES_STEP = 5
 class Durations:
     """How many calls or transfers there were, and how long they took, in whole seconds.
 
-    Median and p90 are by nearest rank, and None where there were none.
+    Median and p90 are taken by nearest rank, and None if there were no calls or transfers.
     """
 
     count: int
@@ -41,10 +41,10 @@ class Durations:
 class DeploymentReport:
     """A deployment's numbers, as docs/reports.md defines them.
 
-    `outcomes` counts reported transactions by call-state and drop-code, `attempts` by times-attempted, and
-    `key_presses` counts presses by key, rounded where `is_masked`. `updates_by_minute` counts the different updates by
-    the minute (milliseconds since 1970) in which they came in, in order, and `senders` by the name of the API user (the
-    id, where the user is deleted).
+    `outcomes` counts reported transactions by call-state and drop-code, `attempts` by times-attempted. `key_presses`
+    counts presses by key, rounded if `is_masked`. `updates_by_minute` counts the different updates by the minute in
+    which they came in (milliseconds since 1970), in order; `senders` counts them by the name of the API user, or its id
+    if the user is deleted.
     """
 
     deployment_id: str
@@ -63,17 +63,17 @@ class DeploymentReport:
 
     @property
     def reported(self) -> int:
-        """How many have an update."""
+        """How many transactions have an update."""
         return sum(self.outcomes.values())
 
     @property
     def unfinished(self) -> int:
-        """How many have an update, but none that says how the call ended."""
+        """How many transactions have updates, but none that says how the call ended."""
         return self._count_outcomes(lambda state, code: not is_final(state, code))
 
     @property
     def unreported(self) -> int:
-        """How many have no update."""
+        """How many transactions have no update."""
         return self.transactions - self.reported
 
     @property
@@ -83,13 +83,13 @@ class DeploymentReport:
 
     @property
     def answer_rate(self) -> float | None:
-        """The share of the finished calls that a person answered; None while none is finished."""
+        """The share of the finished calls that a person answered; None while no call is finished."""
         finished = self.reported - self.unfinished
         return self.answered / finished if finished else None
 
     @property
     def inconsistent(self) -> int:
-        """How many have a call-state and a drop-code that contradict each other."""
+        """How many transactions have a call-state and a drop-code that contradict each other."""
         return self._count_outcomes(contradicts)
 
     @property
@@ -120,7 +120,7 @@ class DeploymentReport:
 
 
 def report_deployment(connection: Connection, deployment_id: str) -> DeploymentReport | None:
-    """Return a deployment's numbers, with everything acknowledged until now; None where there is no such deployment."""
+    """Return a deployment's numbers, including everything acknowledged so far; None if there is no such deployment."""
     row = connection.execute(select(deployment).where(deployment.c.deployment_id == deployment_id)).one_or_none()
     if row is None:
         return None
@@ -145,9 +145,10 @@ def report_deployment(connection: Connection, deployment_id: str) -> DeploymentR
 
 
 def mask_deployment(report: DeploymentReport) -> DeploymentReport:
-    """Return a deployment's numbers for those who have no grant to read what is personal.
+    """Return a deployment's numbers for users without the grant to read what is personal.
 
-    Key presses are rounded down to fives: whoever saw the exact numbers change would see which keys one call pressed.
+    Key presses are rounded down to multiples of five: from exact numbers one could see which keys a person pressed, by
+    watching how they change with a call.
     """
     rounded = {
         key: number - number % _PRESSES_STEP for key, number in report.key_presses.items() if number >= _PRESSES_STEP
@@ -156,7 +157,7 @@ def mask_deployment(report: DeploymentReport) -> DeploymentReport:
 
 
 def describe_deployment(report: DeploymentReport, time_zone: ZoneInfo) -> dict[str, Any]:
-    """Return a deployment's numbers as JSON shows them, its times in a time zone."""
+    """Return a deployment's numbers as JSON shows them, with times in the given time zone."""
     rate = report.answer_rate
     return {
         "deployment": report.deployment_id,
@@ -208,8 +209,8 @@ def describe_deployment(report: DeploymentReport, time_zone: ZoneInfo) -> dict[s
 class UserReport:
     """What became of the updates that an API user sent, on the days asked about.
 
-    `recorded` counts the new ones, `repeated` those that were recorded before, `stale` those that were recorded but are
-    not the newest of their transaction, and `refused` the other answers by their code.
+    `recorded` counts the new ones, `repeated` those that were recorded before, `stale` those that were recorded but
+    were not the newest of their transaction, and `refused` the other answers by their code.
     """
 
     api_user: str
@@ -220,7 +221,7 @@ class UserReport:
 
 
 def report_users(connection: Connection, days: int, today: date) -> list[UserReport]:
-    """Return what became of each API user's updates on the last `days` days (UTC), today among them; by name.
+    """Return what became of each API user's updates on the last `days` days (UTC) including today, sorted by name.
 
     Users that sent nothing in that time are left out.
     """

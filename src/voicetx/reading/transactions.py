@@ -1,6 +1,6 @@
 """What is known of one transaction: its merged fields, and every update that was ever sent for it.
 
-Only reads. It does not know who asks; `mask_transaction` hides what is personal from those who may not see it.
+Read-only. `mask_transaction` hides what is personal from users who may not see it.
 """
 
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from voicetx.times import format_time
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One update as it came: when, from which API user (the id, where the user is deleted), and the body's text.
+    """One update as it came: when, from which API user (its id, if the user is deleted), and the text of the body.
 
-    `digest` is that of the update as it was sent, even where a number in it was erased later. It is never shown, for
-    whoever tried all numbers could find by it which one was erased. `repeats` counts how often the update came again;
-    it is a few seconds behind.
+    `digest` is the digest of the update as it was sent, even if a number in it was erased later. It is never shown:
+    somebody could try all numbers and find the erased one by its digest. `repeats` counts how often the update came
+    again; it is a few seconds behind.
     """
 
     received_at_ms: int
@@ -36,9 +36,9 @@ class HistoryEntry:
 class TransactionReport:
     """A transaction as its updates have made it, and these updates, oldest first.
 
-    `fields` has the merged fields by their wire names, without those that no update gave. `attempt` and `digest` are
-    those of the newest update, None while there is none. `set_back` says how clocks were set back during the call, if
-    they were (see `voicetx.contract.clocks`).
+    `fields` has the merged fields by their wire names, without fields that no update gave. `attempt` and `digest` are
+    those of the newest update, or None if there is no update. `set_back` says how clocks were set back during the call,
+    if they were (see `voicetx.contract.clocks`).
     """
 
     transaction_id: str
@@ -59,10 +59,10 @@ def report_transaction(
     most_updates: int | None = None,
     most_characters: int | None = None,
 ) -> TransactionReport | None:
-    """Return all that is known of a transaction, or None where it is not registered.
+    """Return all that is known of a transaction, or None if it is not registered.
 
-    Where `most_updates` is given, its history is cut to the last so many updates, and where `most_characters` is given,
-    to the last whose bodies fit into that, but at least one. `updates` counts all of them in any case.
+    `most_updates` cuts the history to that many of the last updates, and `most_characters` to the last updates whose
+    bodies fit into that many characters, but to at least one. `updates` counts all updates in any case.
     """
     row = connection.execute(
         select(voice_transaction).where(voice_transaction.c.transaction_id == transaction_id)
@@ -100,7 +100,7 @@ def report_transaction(
 
 
 def mask_transaction(report: TransactionReport) -> TransactionReport:
-    """Return a transaction without what is personal in it, for those who have no grant to read that."""
+    """Return a transaction with everything personal hidden, for users without the grant to read it."""
     return replace(
         report,
         fields={name: privacy.mask_field(name, value) for name, value in report.fields.items()},
@@ -121,7 +121,7 @@ def describe_transaction(report: TransactionReport) -> dict[str, Any]:
                 "received_at": format_time(entry.received_at_ms),
                 "api_user": entry.api_user,
                 "repeats": entry.repeats,
-                # Exactly as received: a number in it may be larger than our parser can hold.
+                # Sent on exactly as received: a number in it may be larger than our parser can hold.
                 "body": orjson.Fragment(entry.body),
             }
             for entry in report.history
