@@ -1,1 +1,1 @@
-"""The served program: its HTTP, the fast path of an update, and its processes."""
+"""The program that serves: its HTTP protocol, the fast path of an update, and its processes."""

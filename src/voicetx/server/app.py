@@ -1,7 +1,7 @@
 """The application: what uvicorn serves.
 
-Every endpoint is on this FastAPI application, that of the updates too, though `voicetx.server.protocol` answers most of
-those before they get here. Each answer carries a request id and leaves one log line.
+Every endpoint is on this FastAPI application, even that of updates, though `voicetx.server.protocol` answers most
+updates before they get here. Each answer carries a request id and leaves one log line.
 """
 
 import gc
@@ -30,23 +30,23 @@ from voicetx.server.fast_path import FastPath
 from voicetx.services import Services
 from voicetx.settings import Settings
 
-# The garbage collector looks at new objects when there are this many: more than all requests under way have together.
+# The garbage collector runs once there are this many new objects: more than all requests under way have together.
 _NEW_OBJECTS_BEFORE_COLLECTION = 20_000
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the FastAPI application; its lifespan opens the database and closes it when all is answered."""
+    """Return the FastAPI application; its lifespan opens the database, and closes it once all requests are answered."""
 
     @asynccontextmanager
     async def run_services(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         services = await Services.start(settings)
         app.state.services = services
-        # What is there now stays: the collector need not go through it again for every few thousand new objects.
+        # All objects of now stay: frozen, they are not gone through again at each collection.
         gc.collect()
         gc.freeze()
         gc.set_threshold(_NEW_OBJECTS_BEFORE_COLLECTION)
         try:
-            # Where the protocol finds them.
+            # The protocol finds them here.
             yield {"services": services, "fast_path": FastPath(services)}
         finally:
             await services.close()
@@ -88,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def create_served_app() -> FastAPI:
-    """Return what uvicorn serves, set up from the environment; called once in each worker process."""
+    """Return the application, set up from the environment; uvicorn calls this once in each worker process."""
     settings = Settings()
     configure_logging(settings.log_format, settings.log_level)
     return create_app(settings)
@@ -112,7 +112,7 @@ async def _answer_exception(request: Request, error: Exception) -> Response:
 
 
 def _find_methods(request: Request) -> list[str]:
-    """Return the methods that all routes of a path have together; FastAPI names those of the first."""
+    """Return the methods of all routes of a path; FastAPI names only those of the first route."""
     path = request.scope["path"]
     routes = [route for route in iter_route_contexts(request.app.routes) if route.path_regex.match(path)]
     methods = {method for route in routes for method in route.methods or ()}

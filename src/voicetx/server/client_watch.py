@@ -1,8 +1,8 @@
 """A watch on slow clients: a client that makes no progress while the service waits for it loses its connection.
 
 Progress is checked at an interval, not with a timer for each wait, which would cost something with every request. A
-client that is waited for at two checks in a row, with nothing moved between them, is dropped: so it has at least one
-interval and at most two.
+client that is waited for at two checks in a row, with no progress between them, is dropped. So a stalled client is
+kept for at least one interval and at most two.
 """
 
 from asyncio import AbstractEventLoop, TimerHandle, Transport
@@ -16,8 +16,8 @@ checks."""
 class ClientWatch:
     """Checks the client of one connection until it is stopped.
 
-    `find_awaited` returns whether the service waits for the client to send something, and the request that came last:
-    a new one is progress.
+    `find_awaited` returns whether the service waits for the client to send something, and the latest request: a new
+    request counts as progress.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ClientWatch:
         self._schedule()
 
     def check(self) -> None:
-        """Drop the client if nothing has moved since the last check, otherwise remember how far it is."""
+        """Drop the client if it has made no progress since the last check; otherwise note how far it is."""
         unsent_bytes = self._transport.get_write_buffer_size()
         is_awaited, request = self._find_awaited()
         takes_nothing = 0 < self._unsent_bytes <= unsent_bytes

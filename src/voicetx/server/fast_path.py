@@ -1,10 +1,10 @@
-"""The fast path of updates: no task, no ASGI, no FastAPI, and one step at a time for all that came in together.
+"""The fast path of updates: without a task, ASGI or FastAPI, and step by step for all updates that came in together.
 
-`voicetx.server.protocol` offers requests whose body is complete. An update is taken here if no step keeps it waiting
-and none refuses it, which is true of nearly all. Everything else is declined with nothing done, and
-`voicetx.api.updates` answers it on the usual path, so there is one place that refuses. Each step is taken for all
-updates of one turn of the event loop before the next step, so that its code stays in the processor's cache: one update
-after the other took half as long again. Source: docs/decisions/0011-fast-path.md.
+`voicetx.server.protocol` offers requests whose body is complete. An update is taken here if no step has to wait and
+none refuses it, which is true of nearly all. Everything else is declined before anything is done, and
+`voicetx.api.updates` answers it on the usual path, so only one place refuses. Each step is done for all updates of one
+turn of the event loop before the next step, so that its code stays in the processor's cache: finishing one update
+before the next one took half as long again. Source: docs/decisions/0011-fast-path.md.
 """
 
 import time
@@ -51,7 +51,7 @@ class _Submitted(NamedTuple):
 
 
 class FastPath:
-    """Takes updates, and answers them, once in each turn of the event loop, all of them together."""
+    """Takes and answers updates: once in each turn of the event loop, all of them together."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -61,7 +61,7 @@ class FastPath:
     def offer(
         self, scope: Scope, body: bytes, answer: Callable[[Answer, bytes], None], decline: Callable[[], None]
     ) -> None:
-        """Take a request and have `answer` called with its answer and request id; or `decline`, with nothing done."""
+        """Take a request and later call `answer` with its answer and request id; or do nothing but call `decline`."""
         if not self._offered:
             get_running_loop().call_soon(self._take)
         self._offered.append(_Offered(scope, body, time.perf_counter(), answer, decline))
@@ -84,7 +84,7 @@ class FastPath:
                 submitted.outcome.add_done_callback(partial(self._collect, submitted))
 
     def _find_dialer(self, request: _Offered, recall: Callable[[bytes], ApiUser | None]) -> ApiUser | None:
-        """Return who sends an update, if that is known here; may raise what the usual path would refuse with."""
+        """Return the dialer that sends an update, if it is known here; may raise any refusal of the usual path."""
         scope = request.scope
         if scope["method"] not in METHODS or is_encoded(scope["headers"]):
             return None
@@ -130,7 +130,7 @@ class FastPath:
 def _attempt(step: Callable[[], T]) -> T | None:
     try:
         return step()
-    except Exception:  # noqa: BLE001 - the usual path meets it again, and answers it
+    except Exception:  # noqa: BLE001 - the usual path raises it again, and answers it
         return None
 
 

@@ -1,10 +1,10 @@
-"""What the HTTP parser makes of bytes where the service wants it otherwise: offers to upgrade, and errors.
+"""The two cases in which the service corrects the HTTP parser: offers to upgrade, and errors.
 
 A server may ignore an `Upgrade` offer and answer as if it had not been made (RFC 9110, section 7.8). uvicorn on
-httptools means to, but loses the request's body (its issue 2722), and every stock Java client makes that offer (h2c) on
+httptools tries to, but loses the request's body (its issue 2722), and every stock Java client makes that offer (h2c) on
 every request. We upgrade to nothing, so a head with an offer is parsed once more without it.
 
-What the parser does not take is refused in the contract's shape.
+Bytes that the parser rejects are refused in the contract's shape.
 """
 
 import httptools
@@ -23,7 +23,7 @@ _log = structlog.get_logger(__name__)
 
 
 class HeadTooLargeError(Exception):
-    """A request's head is larger than the service takes."""
+    """A request's head is larger than the service accepts."""
 
 
 def feed(protocol: HttpToolsProtocol, piece: bytes | memoryview) -> None:
@@ -34,7 +34,7 @@ def feed(protocol: HttpToolsProtocol, piece: bytes | memoryview) -> None:
         except httptools.HttpParserUpgrade as offer:
             if protocol.parser.get_method() == b"CONNECT":
                 raise httptools.HttpParserInvalidMethodError from None
-            # This parser takes all that follows for another protocol's, so a new one goes on after the same head.
+            # This parser takes all that follows for another protocol's bytes, so a new one goes on after the same head.
             piece = memoryview(piece)[offer.args[0] :]
             head = _restate_head(protocol)
             protocol.parser = httptools.HttpRequestParser(protocol)
@@ -53,9 +53,9 @@ def _restate_head(protocol: HttpToolsProtocol) -> bytes:
 
 
 def answer_parser_error(error: httptools.HttpParserError, target: bytes) -> Answer:
-    """Return the answer to a request that the parser, or a callback of it, did not take.
+    """Return the answer to a request that the parser, or one of its callbacks, rejected.
 
-    A method that the parser has never heard of is not supported, like any other (405).
+    A method that the parser does not know is refused like any other that is not supported (405).
     """
     if isinstance(error, httptools.HttpParserInvalidMethodError):
         return REFUSED_METHOD

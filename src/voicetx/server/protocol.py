@@ -5,10 +5,10 @@ goes from the parser straight to the committer, and its answer from there to the
 FastAPI, which cost more than everything else (docs/decisions/0011-fast-path.md). Every other request takes the usual
 path through FastAPI; nothing was done for it before.
 
-What is no HTTP request is refused in the contract's shape, after everything that was asked before it on the connection
-has been answered. Nobody gets more memory or time than a request needs (docs/security.md): heads, trailers and the
-requests that wait on one connection are bounded, and so is every wait. It makes no difference whether the request that
-is waited for is the first one of the connection or starts when the one before it is answered:
+Bytes that are no HTTP request are refused in the contract's shape, once every request before them on the connection has
+been answered. No client gets more memory or time than a request needs (docs/security.md): heads, trailers and the
+requests that wait on one connection are bounded, and so is every wait. The same bounds hold for the first request of a
+connection and for those that start once the one before is answered:
 
 ============  =====================================  ===========================================  ====================
 state         what is waited for                     for how long                                 then
@@ -51,20 +51,20 @@ from voicetx.server.http_parsing import HEAD_TOO_LARGE, HeadTooLargeError, answe
 
 _MAX_HEAD_BYTES = 16_384
 _MAX_HEADERS = 100
-_BYTES_PARSED_AT_ONCE = 8_192  # so no more requests than fit into them can wait on a connection
-# An update whose body is later or longer than this takes the usual path, which has the time-out and the limit.
+_BYTES_PARSED_AT_ONCE = 8_192  # no more requests than fit into these can wait on a connection
+# An update whose body is later or longer than this takes the usual path, which checks the time-out and the limit.
 _FAST_PATH_BODY_SECONDS = 0.1
-_FAST_PATH_BODY_BYTES = 32_768  # uvicorn stops reading at twice that, until somebody takes what is there
+_FAST_PATH_BODY_BYTES = 32_768  # uvicorn stops reading at twice that, until the body read so far is taken
 _LAST_REQUEST_SECONDS = 0.5  # for a request that was on its way when the service was told to stop
 _CLOSE_AFTER_REFUSAL_SECONDS = 1.0
-_FILES_FOR_OTHER_USES = 128  # the database's, for one
+_FILES_FOR_OTHER_USES = 128  # such as the database's
 
-# Takes the place of a request's headers while its trailers are parsed: they are no headers (RFC 9110, section 6.5.1).
+# Takes the place of a request's headers while its trailers are parsed: they are not headers (RFC 9110, section 6.5.1).
 _DISCARDED_TRAILERS: Any = deque(maxlen=0)
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, which reads nothing more while requests wait on the connection."""
+    """uvicorn's flow control, except that nothing more is read while requests wait on the connection."""
 
     is_full = False
 
@@ -80,7 +80,7 @@ class _Flow(FlowControl):
 class ContractProtocol(HttpToolsProtocol):
     """Serves one connection: updates by the fast path, everything else as uvicorn does, within the bounds above."""
 
-    # As many as the process may open files, with some left for other uses.
+    # As many as the number of files that the process may open, less some for other uses.
     _max_connections = max(_FILES_FOR_OTHER_USES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES_FOR_OTHER_USES)
 
     flow: _Flow
@@ -96,10 +96,10 @@ class ContractProtocol(HttpToolsProtocol):
     # How much of a head or of trailers has come, counting everything that came in the same piece before them.
     _head_bytes = 0
     _piece_bytes = 0
-    _refusal: Answer | None = None  # the connection is ended with it
+    _refusal: Answer | None = None  # the last answer, with which the connection ends
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Take a connection, unless there are as many as allowed."""
+        """Take a connection, or drop it if there are as many as allowed already."""
         super().connection_made(transport)
         self.flow = _Flow(transport)
         interval_seconds = client_watch.CHECK_INTERVAL_SECONDS
@@ -119,7 +119,7 @@ class ContractProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came in, or keep it while requests wait for those before them."""
+        """Parse the data, or keep it while requests wait for those before them."""
         if self._refusal is not None:
             return
         if len(data) > _BYTES_PARSED_AT_ONCE or self._unread or self.pipeline:
@@ -141,7 +141,7 @@ class ContractProtocol(HttpToolsProtocol):
         self._close_if_client_is_done()
 
     def _is_served(self) -> bool:
-        """Say whether requests are still done: they are if the client ended the connection, but not if we did."""
+        """Say whether requests are still served: they are if the client ended the connection, but not if we did."""
         return self._is_lost or not self.transport.is_closing()
 
     def _parse(self, piece: bytes | memoryview) -> None:
@@ -152,7 +152,7 @@ class ContractProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(answer_parser_error(error, self.url))
             return
-        # Twice the bound, because the number includes what came in the same piece before the head.
+        # Twice the bound, because the count includes the bytes that came in the same piece before the head.
         if self._head_bytes > 2 * _MAX_HEAD_BYTES:
             self._refuse(HEAD_TOO_LARGE)
         else:
@@ -184,7 +184,7 @@ class ContractProtocol(HttpToolsProtocol):
             self._start_update()
 
     def on_message_complete(self) -> None:
-        """Start on an update whose body is complete now."""
+        """Start on an update, now that its body is complete."""
         if self.parser.should_upgrade():
             return
         self._is_amid_request = False
@@ -194,7 +194,7 @@ class ContractProtocol(HttpToolsProtocol):
         self._start_keep_alive()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Start on a request; called when its head is there, or when the request before it is answered."""
+        """Start on a request; called once its head is complete, or the request before it is answered."""
         self._current = cycle
         cycle.disconnected = self._is_lost
         if self._is_stopping:
@@ -255,7 +255,7 @@ class ContractProtocol(HttpToolsProtocol):
         has_body = False
 
         async def receive_body_first() -> Any:
-            """Receive as uvicorn has it, except that a client that is gone still has its body read if complete."""
+            """Receive as uvicorn does, except that a complete body is still read after the client is gone."""
             nonlocal has_body
             event = await receive()
             if event["type"] == "http.disconnect" and not (has_body or cycle.more_body or cycle.response_complete):
@@ -314,13 +314,13 @@ class ContractProtocol(HttpToolsProtocol):
         return self._is_answering() or bool(self.pipeline)
 
     def _refuse(self, answer: Answer) -> None:
-        """Refuse what comes next on this connection when everything before it is answered, and end it."""
+        """Once every request before it is answered, send this refusal and end the connection."""
         self._refusal = answer
         self._update_in_part = None
         if not self._owes_an_answer():
             self._end_with(answer)
         elif self.cycle.more_body:
-            # The request at fault is one that was started on or waits: nobody else may answer it.
+            # The request at fault is under way or waits in the queue: it must not get another answer as well.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.pipeline:
@@ -333,13 +333,13 @@ class ContractProtocol(HttpToolsProtocol):
             return
         request_id = choose_request_id(())
         self.transport.write(render_answer(answer, request_id, self.server_state.default_headers, keep_alive=False))
-        # If the connection was closed at once, with more on the way here, it would be reset and the answer lost.
+        # If the connection were closed at once while more data is on its way, it would be reset and the answer lost.
         self.transport.write_eof()
         self.loop.call_later(_CLOSE_AFTER_REFUSAL_SECONDS, self.transport.close)
         log_requests([Ended("unknown", "unknown", request_id, time.perf_counter(), answer.code, None)])
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio lets it say that the connection stays
-        """Take no more requests; the connection is closed when those that came complete are answered."""
+        """Take no more requests; the connection is closed once all complete requests are answered."""
         self._is_half_closed = True
         self._close_if_client_is_done()
         return True
@@ -364,7 +364,7 @@ class ContractProtocol(HttpToolsProtocol):
             self.pipeline.popleft()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Still do the requests that came complete, unless it was we who closed, and let go of everything else."""
+        """Still serve the complete requests, unless we closed the connection ourselves, and drop everything else."""
         if exc is None:
             self._unread = b""
             self.pipeline.clear()
@@ -378,13 +378,13 @@ class ContractProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         if self._unread:
-            self.parser = parser  # uvicorn lets go of it
+            self.parser = parser  # uvicorn has removed it
         self._close_if_client_is_done()
         if not is_answering:
             self._start_next_request()
 
     def shutdown(self) -> None:
-        """Take one more request if none is under way, but not for long; uvicorn would cut it off."""
+        """If no request is under way, wait shortly for one more; uvicorn would close the connection at once."""
         if (services := self.app_state.get("services")) is not None:
             services.leaving.set()
         if self._owes_an_answer():

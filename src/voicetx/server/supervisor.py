@@ -1,9 +1,10 @@
-"""The process that starts those that serve: starts again what dies, replaces all on SIGHUP, ends all in good order.
+"""The supervisor of the serving processes: it restarts those that die, replaces all on SIGHUP, and stops all in order.
 
-`voicetx.server.workers` has it where several processes serve. It waits for none of them without hearing signals and
-looking after the others, and goes on whatever goes wrong with one (`voicetx.duties`). Each process says twice a second
-that it lives, and ends where nobody is left to hear that. Not uvicorn's: that has one listener for all, hears no signal
-while it waits for a process, and is deaf after any exception (docs/decisions/0022-supervisor.md).
+`voicetx.server.workers` uses it where several processes serve. While it waits for one process, it hears signals and
+looks after the others, and a failure with one never stops it (`voicetx.duties`). Each process reports twice a second
+that it is alive, and ends itself if the supervisor is gone. uvicorn's own supervisor does not do: it has one listener
+for all, hears no signal while it waits for a process, and hears none at all after any exception
+(docs/decisions/0022-supervisor.md).
 """
 
 import multiprocessing
@@ -26,12 +27,13 @@ from voicetx.duties import Duty, held
 
 _LOOK_SECONDS = 0.5
 _BEAT_SECONDS = 0.5
-_TAKEN_FOR_DEAD_SECONDS = 60.0  # without a sign of life; as long as a start may take on a busy machine
-_FAREWELL_SECONDS = 2.0  # of all processes but the last; one that takes longer ends beside the next
-_AGAIN_SECONDS = 1.0  # before a process starts again that had not got as far as serving
+_TAKEN_FOR_DEAD_SECONDS = 60.0  # after so long without a sign of life; a start on a busy machine may take this long
+_FAREWELL_SECONDS = 2.0  # to end all processes but the last; one that takes longer ends while the next does
+_AGAIN_SECONDS = 1.0  # before a restart of a process that ended without having served
 
 NOT_HEEDED = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that do nothing. A terminal sends the first two to what runs behind it; how many serve is a setting."""
+"""Signals that do nothing. A terminal sends the first two to programs in the background; other servers use these to
+change the number of processes, which is a setting here."""
 
 _SERVING = b"serving"
 _STARTING = b"starting"
@@ -43,7 +45,7 @@ _log = structlog.get_logger(__name__)
 class Supervisor:
     """Keeps one process serving on each listener, until SIGTERM or SIGINT.
 
-    A process that has not ended `stop_seconds` after it was told to is killed.
+    A process that has not ended `stop_seconds` after it was told to end is killed.
     """
 
     def __init__(self, config: uvicorn.Config, listeners: Sequence[socket.socket], stop_seconds: float) -> None:
@@ -58,7 +60,7 @@ class Supervisor:
         self._has_failed = False
 
     def run(self) -> bool:
-        """Serve; return False where a process could not start before any had served."""
+        """Serve; return False if a process failed to start before any had served."""
         with _heed_signals(self._heed) as told:
             self._looked_at = time.monotonic()
             while not self._is_leaving:
@@ -71,14 +73,14 @@ class Supervisor:
         return not self._has_failed
 
     def _heed(self, number: int) -> None:
-        """Note what a signal tells; it is done in the next turn."""
+        """Note what a signal asks for; the next turn does it."""
         if number != signal.SIGHUP:
             self._is_leaving = True
         else:
             self._is_told_to_replace = True
 
     def _wait(self, told: socket.socket) -> None:
-        """Return when a signal came, a process has said something or ended, or after a while."""
+        """Wait for a signal, a report or the end of a process, or half a second."""
         processes = [process for seat in self._seats for process in seat.processes]
         files: list[Connection | socket.socket | int] = [told, *(process.sentinel for process in processes)]
         files += [process.channel for process in processes if not process.is_mute]
@@ -87,7 +89,7 @@ class Supervisor:
 
     def _look_after_all(self) -> None:
         now = time.monotonic()
-        # Where everybody was stopped for a while, as by a debugger or with the machine, nobody was silent for so long.
+        # If all processes were paused for a while, by a debugger or with the machine, that is not counted as silence.
         elapsed_seconds = min(now - self._looked_at, 2 * _LOOK_SECONDS)
         self._looked_at = now
         failed = 0
@@ -101,7 +103,7 @@ class Supervisor:
             time.sleep(_LOOK_SECONDS)
 
     def _look_after(self, seat: "_Seat", elapsed_seconds: float) -> None:
-        """Start a process where there is none, hear what there is, and end what has fallen silent."""
+        """Start a process if there is none, read what it reports, and kill it if it has been silent too long."""
         if seat.process is None:
             if self._looked_at >= seat.starts_at:
                 seat.process = _Process(self._config, seat.listener)
@@ -116,17 +118,17 @@ class Supervisor:
             ended, seat.process, seat.successor = seat.process, seat.successor, None
             seat.starts_at = self._looked_at + (0.0 if ended.is_serving else _AGAIN_SECONDS)
             if ended.status == STARTUP_FAILURE and not self._has_served:
-                # It would fail in the same way again.
+                # It would fail again in the same way.
                 self._is_leaving = self._has_failed = True
             elif not ended.is_told:
                 _log.warning("process.ended", pid=ended.pid, status=ended.status)
             ended.forget()
 
     def _replace_next(self) -> None:
-        """Take the next step of replacing one process after the other.
+        """Take the next step in replacing the processes, one after the other.
 
-        Whoever asks while that is under way has all of them replaced once more afterwards: what a new process is to
-        read may have been written meanwhile.
+        A SIGHUP that comes meanwhile has all of them replaced once more afterwards: the new settings may have been
+        written after some processes had started.
         """
         if not self._to_replace and self._is_told_to_replace:
             self._is_told_to_replace = False
@@ -153,8 +155,9 @@ class Supervisor:
     def _end_all(self) -> None:
         """Tell every process to end, one after the other, and wait for them.
 
-        So dialers that one process sends away are served by the next, and nobody listens any more when the last sends
-        its own away: a connection that nobody takes before its listener closes is reset. One that hangs is killed.
+        That way, dialers whose process ends are served by the next one, and once the last one ends its connections
+        nobody listens any more: a connection that nobody takes before its listener closes is reset. A process that
+        hangs is killed.
         """
         give_up_at = time.monotonic() + self._stop_seconds
         for seat in self._seats:
@@ -176,7 +179,7 @@ _MANY = 4_096
 
 
 class _Process:
-    """A process that serves on a listener, as it is seen from here; it starts when this is made."""
+    """A process that serves on a listener, as the supervisor sees it; constructing this starts it."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         with ExitStack() as undo:
@@ -209,7 +212,7 @@ class _Process:
         return self._process.exitcode is not None
 
     def listen(self, elapsed_seconds: float) -> None:
-        """Take what it has said."""
+        """Read what it has reported."""
         self.silent_seconds += elapsed_seconds
         self.age_seconds += elapsed_seconds
         try:
@@ -220,7 +223,7 @@ class _Process:
             self.is_mute = True  # it is about to end
 
     def terminate(self) -> None:
-        """Have it answer what it has taken, and end."""
+        """Tell it to answer the requests it has taken, and to end."""
         self.is_told = True
         self._process.terminate()
 
@@ -231,7 +234,7 @@ class _Process:
         self._process.join(seconds)
 
     def forget(self) -> None:
-        """Let go of one that has ended, or was killed."""
+        """Free what belongs to a process that has ended or was killed."""
         self.channel.close()
         self._process.join()
         mark_process_dead(self.pid)  # type: ignore[no-untyped-call]  # the library's; nothing waits in its queue any more
@@ -239,7 +242,7 @@ class _Process:
 
 @dataclass(slots=True, eq=False)
 class _Seat:
-    """A listener, the process that serves on it, and the one that is to take its place."""
+    """A listener, the process that serves on it, and the process that is to replace that one."""
 
     listener: socket.socket
     process: _Process | None = None
@@ -253,7 +256,7 @@ class _Seat:
 
 @contextmanager
 def _heed_signals(heed: Callable[[int], None]) -> Iterator[socket.socket]:
-    """Have signals heeded, and yield what can be read when there was one."""
+    """Call `heed` for each signal, and yield a socket that becomes readable after one."""
     told, telling = socket.socketpair()
     with told, telling, ExitStack() as undo:
         telling.settimeout(0)
@@ -267,7 +270,7 @@ def _heed_signals(heed: Callable[[int], None]) -> Iterator[socket.socket]:
 
 def _serve(config: uvicorn.Config, listener: socket.socket, channel: Connection) -> None:
     """Serve on a listener; called in a process of its own."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that hangs up means who started this one
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that hangs up is for the supervisor to handle
     server = uvicorn.Server(config)
     threading.Thread(target=_report, args=(server, channel), name="voicetx-report", daemon=True).start()
     with suppress(KeyboardInterrupt):
@@ -275,7 +278,7 @@ def _serve(config: uvicorn.Config, listener: socket.socket, channel: Connection)
 
 
 def _report(server: uvicorn.Server, channel: Connection) -> None:
-    """Say again and again how far this process is; where nobody hears it any more, have the process end."""
+    """Report the state of this process again and again; if the supervisor is gone, end the process."""
     with suppress(OSError):
         while True:
             channel.send_bytes(_SERVING if server.started else _STARTING)

@@ -1,8 +1,8 @@
 """The processes that serve: how many there are, and how connections are shared out among them.
 
-`voicetx serve` calls this before anything of an update happens. Each process has a listener of its own on the same port
-(SO_REUSEPORT, Linux), among which the kernel shares connections out: on a common listener one process was seen to take
-51 of 64. The listeners stay open here: while a process starts again, its new connections wait. Knows no request.
+`voicetx serve` calls this at its start. Each process has a listener of its own on the same port (SO_REUSEPORT, Linux),
+and the kernel spreads connections over them: on a shared listener one process was seen to take 51 of 64. The listeners
+stay open in the starting process, so new connections wait while a process restarts. Knows no request.
 """
 
 import os
@@ -28,9 +28,9 @@ _HAS_SHARED_PORTS = sys.platform == "linux"
 
 
 def count_workers(settings: Settings) -> int:
-    """Return how many processes serve: as told, or else as many as pay.
+    """Return how many processes serve: the number set, or else as many as are of use.
 
-    A file has one writer at a time, so one process; a server database as many as there are processors, at most four.
+    On a file, which has one writer at a time, that is one; on a server database one for each processor, at most four.
     """
     if settings.workers > 0:
         return settings.workers
@@ -40,14 +40,14 @@ def count_workers(settings: Settings) -> int:
 
 
 def listen(host: str, port: int, workers: int) -> list[socket.socket]:
-    """Return listeners on an address, one for each process; raises OSError where it cannot be had or is in use.
+    """Return listeners on an address, one for each process; raises OSError if it is unavailable or in use.
 
-    From now on a client that connects waits to be served; it is not refused.
+    From now on a client that connects is no longer refused, but waits to be served.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     if workers == 1 or not _HAS_SHARED_PORTS:
         return [_open(address[:2], family, shares_port=False)]
-    # A shared port may be bound once more by anybody of the same user: first make sure that nobody has it.
+    # A shared port could also be bound by another program of the same user: first make sure that none has it.
     with _open(address[:2], family, shares_port=False) as probe:
         free_address = probe.getsockname()[:2]
     return [_open(free_address, family, shares_port=True) for _ in range(workers)]
@@ -60,7 +60,7 @@ def _open(address: Any, family: int, *, shares_port: bool) -> socket.socket:
 
 
 def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) -> bool:
-    """Serve until SIGTERM or SIGINT; say whether it ever got as far as serving."""
+    """Serve until SIGTERM or SIGINT; return whether any process ever served."""
     config = uvicorn.Config(
         "voicetx.server.app:create_served_app",
         factory=True,
@@ -82,11 +82,11 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
         server = uvicorn.Server(config)
         server.run(sockets=[listeners[0]])
         return server.started
-    os.environ["VOICETX_WORKERS"] = str(workers)  # so each process knows how many they are, also where nobody said so
+    os.environ["VOICETX_WORKERS"] = str(workers)  # tells each process how many there are, even if that was not set
     with tempfile.TemporaryDirectory(prefix="voicetx-") as folder:
-        # Without Redis the processes count calls together in a file, which is gone when they are.
+        # Without Redis the processes count calls together in a file, which is removed when they end.
         os.environ[COUNTS_FILE_VARIABLE] = str(Path(folder) / "counts.db")
-        # And they add up their figures from files there (prometheus_client reads this variable when it is imported).
+        # Their metrics are added up from files here (prometheus_client reads this variable when it is imported).
         figures = Path(folder) / "figures"
         figures.mkdir()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(figures)
@@ -95,12 +95,12 @@ def run(settings: Settings, listeners: Sequence[socket.socket], workers: int) ->
 
 
 def _heed_signals() -> None:
-    """Have the one process that serves end in good order on SIGHUP too, and heed no signal that has no meaning here."""
+    """Have a single serving process end in good order on SIGHUP too, and ignore signals without a meaning here."""
     signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     for number in NOT_HEEDED:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _count_stop_seconds(settings: Settings) -> float:
-    """Return how long a stop may take: requests under way, and what is accepted behind a database that hangs."""
+    """Return how long a stop may take, with requests under way and accepted updates behind a database that hangs."""
     return settings.shutdown_timeout_seconds + 3 * settings.commit_timeout_seconds
