@@ -1,1 +1,1 @@
-"""The dashboard: pages for people who run a campaign, rendered here, changing as updates come in."""
+"""The dashboard: pages for people who run a campaign, rendered on the server, that change as updates come in."""

@@ -1,8 +1,8 @@
 """Pictures in SVG, as text: pure functions from numbers to markup.
 
-None of them carries anything that is not in words or figures beside it, so each is hidden from who cannot see it or has
-a title that says the same in a sentence. They have no colours of their own: the style sheet gives a class its own, for
-light and dark. A picture is stretched to the width it finds, so there is no text in it.
+Everything that a picture shows is also there in words or figures beside it. So for screen readers, a picture is hidden,
+or has a label that says the same in a sentence. The style sheet gives each class its colour, for light and dark. A
+picture is stretched to the width of its place, so it has no text in it.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ class Part(NamedTuple):
 
 
 class Point(NamedTuple):
-    """An update by its place in the order of truth; lower ones are older. `kind` is the class that marks it."""
+    """An update by its place in the order of section 5; lower ones are older. `kind` is the class that marks it."""
 
     place: int
     kind: str
 
 
 def draw_bar(share: float, kind: str = "accent") -> Markup:
-    """Return a bar as long as a share of one; hidden, for the number stands beside it."""
+    """Return a bar whose length is a share of one. It is hidden from screen readers, since the number is beside it."""
     width = f"{max(0.0, min(1.0, share)) * 100:.2f}"
     return Markup(  # noqa: S704 - of numbers and our own words
         f'<svg class="bar" viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
@@ -41,7 +41,7 @@ def draw_bar(share: float, kind: str = "accent") -> Markup:
 
 
 def draw_parts(parts: Sequence[Part], label_id: str) -> Markup:
-    """Return one bar of parts that make a whole, one after the other; an element with that id says what it shows."""
+    """Return one bar made of the parts of a whole; the element with the id `label_id` says what it shows."""
     whole = sum(part.number for part in parts) or 1
     rects, start = [], 0.0
     for part in parts:
@@ -73,9 +73,9 @@ def draw_columns(numbers: Sequence[int], label_id: str) -> Markup:
 
 
 def draw_order(points: Sequence[Point], label_id: str) -> Markup:
-    """Return updates from left to right as they came, each as high as its place in the order of truth.
+    """Return updates from left to right as they came, each as high as its place in the order of section 5.
 
-    One that came in its turn is higher than all before it; a late one lies below the line that leads to it.
+    An update that came in order is higher than all before it; a late one is lower than one before it.
     """
     width, height = len(points) * _ORDER_STEP, (len(points) + 1) * _ORDER_ROW
     spots = [
@@ -91,6 +91,6 @@ def draw_order(points: Sequence[Point], label_id: str) -> Markup:
 
 
 def _draw_mark(x: int, y: int, kind: str) -> str:
-    if "late" in kind.split():  # told by its shape too
+    if "late" in kind.split():  # late updates have their own shape too, not only their own colour
         return f'<path class="{kind}" d="M{x} {y - 7}l7 7l-7 7l-7-7z"/>'
     return f'<circle class="{kind}" cx="{x}" cy="{y}" r="5"/>'

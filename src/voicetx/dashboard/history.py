@@ -1,8 +1,8 @@
-"""A transaction's history as its page shows it: how each update stands to those that came before it.
+"""A transaction's history as its page shows it: which updates are late, out of order or contradictory.
 
-Pure. Which update wins is decided by `voicetx.contract.merge`; here that is only told: the newest one, those that came
-late, of an older attempt, more than once, or say what cannot be. Of a long history only the last part is there: then
-nothing is told that the part before could belie.
+Pure. `voicetx.contract.merge` decides which update wins; this module only marks the newest update, and those that came
+late, belong to an older attempt, came more than once or contradict themselves. Of a long history only the last part is
+here; then nothing is marked that the earlier part could prove wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,12 @@ from voicetx.reading.transactions import HistoryEntry, TransactionReport
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """An update in the order of arrival; `number` counts from 1, `place` is its place among these in that of truth.
+    """An update in the order of arrival.
 
-    `is_newest` says that it is the last in that order, `is_late` that one which comes after it there was here before
-    it, `is_of_older_attempt` that a later attempt was reported, `is_contradiction` that its own call-state and
-    drop-code cannot both be. `fields` are those it gave, by wire name.
+    `number` counts the arrivals from 1, and `place` is the update's place among them in the order of contract section
+    5. `is_newest` means that it is the last in that order; `is_late`, that an update with a later place had arrived
+    before it; `is_of_older_attempt`, that a later attempt was reported; `is_contradiction`, that its own call-state and
+    drop-code contradict each other. `fields` are the fields it gave, by wire name.
     """
 
     number: int
@@ -35,7 +36,7 @@ class Arrival:
 
     @property
     def kind(self) -> str:
-        """The classes that mark it."""
+        """The CSS classes that mark the update."""
         marks = {
             "newest": self.is_newest,
             "late": self.is_late,
@@ -47,16 +48,16 @@ class Arrival:
 
 
 def judge_history(report: TransactionReport, shown: TransactionReport) -> list[Arrival]:
-    """Return a transaction's updates in the order of arrival, each with how it stands to the others.
+    """Return a transaction's updates in the order of arrival, each with its marks.
 
-    `shown` is the report as who asks may see it: masked, or the same.
+    `shown` is the report as the user may see it: masked, or the same as `report`.
     """
     came = [_restore(entry, report.set_back) for entry in report.history]
     pairs = list(zip(came, shown.history, strict=True))
-    # Which of two came first within a millisecond nobody knows: they are taken to have come as they should.
+    # Nobody knows which of two came first within a millisecond, so we assume that they came in order.
     pairs.sort(key=lambda pair: (pair[1].received_at_ms, pair[0].position))
     places = {position: place for place, position in enumerate(sorted(update.position for update, _ in pairs), start=1)}
-    # Where the newest is not among these it came before them, so they all are late.
+    # If the newest update is not among these, it came before them, so all of these are late.
     highest = 0 if any(update.digest == report.digest for update, _ in pairs) else len(pairs) + 1
     arrivals = []
     for number, (update, entry) in enumerate(pairs, start=report.updates - len(pairs) + 1):
@@ -78,7 +79,7 @@ def judge_history(report: TransactionReport, shown: TransactionReport) -> list[A
 
 
 def _restore(entry: HistoryEntry, set_back: str | None) -> Update:
-    """Return the update that an entry was when it came: a number that was erased since changes nothing in its place."""
+    """Return the update as it came, with its original digest: erasing a number later does not change its position."""
     update = restore(entry.body, set_back)
     return update._replace(position=update.position._replace(digest=entry.digest))
 

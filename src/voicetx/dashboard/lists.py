@@ -1,7 +1,7 @@
 """The dashboard's lists: a deployment's transactions by what became of them, the missing ones, and the search.
 
-What is on a list comes from `voicetx.reading.listings`. Numbers that are searched for are sent in bodies only, because
-addresses end up in logs and in a browser's history.
+What a list shows comes from `voicetx.reading.listings`. A number to search for is only ever sent in a body, never in an
+address, because addresses end up in logs and in a browser's history.
 """
 
 import time
@@ -60,7 +60,7 @@ async def show_transactions(request: Request) -> Response:
 
 @router.get("/deployment/missing")
 async def show_missing(request: Request) -> Response:
-    """Show the transactions whose outcome is missing, and that had no update for at least so many minutes."""
+    """Show the transactions without an outcome that had no update for at least the chosen number of minutes."""
 
     async def show(visit: Visit) -> Response:
         deployment_id, after = visit.wanted, request.query_params.get("after", "")
@@ -81,7 +81,7 @@ async def show_missing(request: Request) -> Response:
 
 @router.post("/search")
 async def search(request: Request) -> Response:
-    """Find a transaction by its id, or those of a deployment by a number."""
+    """Find a transaction by its id, or the transactions of a deployment by a phone number."""
 
     async def show(visit: Visit) -> Response:
         sessions.require_own_page(request)
@@ -153,7 +153,7 @@ async def _collect(
 
 
 def _read_filters(query: Mapping[str, str]) -> Filters:
-    """Return which transactions are to be listed; raises `Rejected` (404) for a value that the page does not offer."""
+    """Return which transactions to list. Raises `Rejected` (404) for a value that the page does not offer."""
     state, code = query.get("state"), query.get("code")
     flags = {name: query[name] for name in _FLAGS if name in query}
     is_choice = (

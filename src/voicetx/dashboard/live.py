@@ -1,8 +1,8 @@
 """Pages that change as updates come in: server-sent events, a stream for each page that is open.
 
-However many pages show a deployment, each process looks at it once a second, and only while somebody watches; a stream
-sends the parts of its page that differ from what it sent before. A stream ends with its session, with its deployment,
-and when the process is told to stop; the browser then comes back by itself.
+While pages show a deployment, each process reads it once a second, however many pages there are. A stream sends those
+parts of its page that differ from what it sent before. It ends when the session ends, when the deployment is deleted,
+and when the process is told to stop; the browser then connects again by itself.
 """
 
 import asyncio
@@ -42,14 +42,14 @@ _NO_OUTCOME = Filters(is_finished=False)
 
 
 class Look(NamedTuple):
-    """What was seen of a deployment, and when."""
+    """A deployment as it was read, and when."""
 
     report: DeploymentReport
     missing: tuple[ListedTransaction, ...]
     as_of_ms: int
 
     def show(self, zone: ZoneInfo, span: str, *, is_masked: bool) -> Overview:
-        """Return it as a page shows it to those who may see what is personal in it, or may not."""
+        """Return the deployment as a page shows it; with `is_masked`, everything personal is hidden."""
         report = mask_deployment(self.report) if is_masked else self.report
         return Overview(report, self.missing, zone, span, self.as_of_ms)
 
@@ -68,7 +68,7 @@ class _Watch:
     looking: "asyncio.Task[None] | None" = None
 
     def see(self, look: Look | None) -> None:
-        """Take a look at the deployment, or None where it is gone, and tell of it where it is news."""
+        """Keep the latest look at the deployment, None if it is gone, and wake the pages if something changed."""
         is_news = self.is_away or _differ(look, self.look)
         self.is_away, self.is_gone = False, look is None
         self.seen_at_ms = time.time_ns() // 1_000_000
@@ -78,13 +78,13 @@ class _Watch:
             self._tell()
 
     def lose_sight(self) -> None:
-        """Tell that the deployment can't be looked at, where that is news."""
+        """Note that the deployment can't be read, and wake the pages if it could be before."""
         if not self.is_away:
             self.is_away = True
             self._tell()
 
     def _tell(self) -> None:
-        """Wake whoever waits for news; those who ask from now on wait for the next."""
+        """Wake all who wait for news; whoever begins to wait from now on waits for the next news."""
         told, self.news = self.news, asyncio.Event()
         told.set()
 
@@ -106,7 +106,7 @@ class LivePages:
         self._streams: Counter[UUID] = Counter()
 
     def admit(self, user: ApiUser) -> None:
-        """Raise `Rejected` (429) where there are as many streams as may be, in all or of the user."""
+        """Raise `Rejected` (429) if the process or the user already has as many streams as allowed."""
         if self._streams.total() >= MOST_STREAMS or self._streams[user.api_key_id] >= MOST_STREAMS_OF_A_USER:
             raise Rejected(Refusal.THROTTLED, retry_after_seconds=int(_BEAT_SECONDS))
 
@@ -124,8 +124,8 @@ class LivePages:
     ) -> AsyncIterator[bytes]:
         """Yield a page's events until its session ends, its deployment goes, or the process stops.
 
-        `parts` has the parts that changed, by name, and a sentence; `beat` says when it was last seen that nothing has,
-        or `away` that the database can't be asked; `end` says why nothing more will come.
+        The event `parts` has the parts that changed, by name, and a sentence. `beat` says when the deployment was last
+        read without a change, `away` that the database can't be reached, and `end` why nothing more will come.
         """
         self._streams[user.api_key_id] += 1
         watch = self._enter(store, deployment_id)
@@ -136,7 +136,7 @@ class LivePages:
                 if watch.is_gone:
                     yield _write("end", "gone")
                     return
-                news = watch.news  # before anything is read of it: what comes in meanwhile is not missed
+                news = watch.news  # taken before the watch is read, so that nothing is missed that comes in meanwhile
                 parts = await _render(watch, zone, span, is_masked=is_masked)
                 if new := {name: part for name, part in parts.items() if sent.get(name) != part}:
                     sent |= new
@@ -171,7 +171,7 @@ class LivePages:
 
 
 async def _look_on(store: Store, deployment_id: str, watch: _Watch) -> None:
-    """Look at a deployment every second and tell whoever watches when something changed."""
+    """Read a deployment every second, and wake the pages that watch it when something changed."""
 
     async def look() -> bool:
         try:
@@ -179,7 +179,7 @@ async def _look_on(store: Store, deployment_id: str, watch: _Watch) -> None:
         except StoreUnavailable:
             watch.lose_sight()
         except Exception:
-            watch.lose_sight()  # the page says that it is not live, and the log why
+            watch.lose_sight()  # the page says that it is not live; the log says why
             raise
         return not watch.is_gone
 
@@ -193,14 +193,14 @@ def _differ(one: Look | None, other: Look | None) -> bool:
 
 
 async def _render(watch: _Watch, zone: ZoneInfo, span: str, *, is_masked: bool) -> dict[str, str]:
-    """Return the parts of a page; those who see the same share the work."""
+    """Return the parts of a page; pages that show the same are rendered once."""
     if watch.look is None:
         return {}
     rendering, key = watch.rendering, (zone.key, span, is_masked)
     if key not in rendering:
         overview = watch.look.show(zone, span, is_masked=is_masked)
         rendering[key] = asyncio.create_task(make_aside(lambda: _render_all(overview)))
-    # Shielded: others share it, and a page that is closed must not take it away from them.
+    # Shielded because pages share it: closing one of them must not cancel it for the others.
     return await asyncio.shield(rendering[key])
 
 
@@ -209,7 +209,7 @@ def _render_all(overview: Overview) -> dict[str, str]:
 
 
 async def _wait_for_any(*events: asyncio.Event) -> None:
-    """Return when one of the events is set, or after a while all the same."""
+    """Return when one of the events is set, or after a while even if none is."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
     try:
         await asyncio.wait(waiting, timeout=_BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""A deployment as its page shows it: what stands in which order, in which words, beside which picture.
+"""A deployment as its page shows it: what is shown, in which order and in which words, and beside which picture.
 
-Pure: a report goes in, and comes out grouped, counted in shares, in a time zone. The numbers themselves are those of
-`voicetx.reading.reports`; how they are set is the templates' business.
+Pure: takes a report, groups its numbers, adds shares and converts times to a time zone. The numbers themselves come
+from `voicetx.reading.reports`; the templates decide how they look.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - the wall clock's own
 
 
 class Row(NamedTuple):
-    """A line of a table with a bar: what it is called, how many, and as a share of the whole and of the largest."""
+    """A line of a table with a bar: its name, its number, and the number as a share of the whole and of the largest."""
 
     key: str
     text: str
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Drop codes of one meaning, with how many there are in all; codes that nobody reported are left out."""
+    """The drop codes of one meaning, without those that nobody reported, and how often they were reported in all."""
 
     meaning: Meaning
     kind: str
@@ -61,7 +61,7 @@ class Group(NamedTuple):
 
 
 class Column(NamedTuple):
-    """So many updates from a moment on, which the zone's clock shows as `text`."""
+    """How many updates came in from a moment on; `text` is the moment as the zone's clock shows it."""
 
     text: str
     number: int
@@ -71,7 +71,7 @@ class Column(NamedTuple):
 class Timeline:
     """Updates over time, in columns of `step_minutes` each; `busiest` is the minute with the most, as text.
 
-    `is_turned_back` where a column, shorter than a day, has minutes that the clock showed twice.
+    `is_turned_back` says that a column shorter than a day has minutes that the clock showed twice.
     """
 
     columns: Sequence[Column]
@@ -93,12 +93,12 @@ class Overview:
 
     @property
     def reported_share(self) -> float:
-        """How many of the transactions were reported."""
+        """The share of the transactions that were reported."""
         return self.report.reported / self.report.transactions if self.report.transactions else 0.0
 
     @property
     def missing_number(self) -> int:
-        """Of how many the outcome is missing."""
+        """How many transactions have no outcome yet."""
         return self.report.unreported + self.report.unfinished
 
     @cached_property
@@ -125,18 +125,18 @@ class Overview:
 
     @property
     def parts(self) -> list[Part]:
-        """The same for one bar."""
+        """The outcomes by their meaning, as the parts of one bar."""
         return [Part(group.number, group.kind) for group in self.groups]
 
     @cached_property
     def states(self) -> list[Row]:
-        """The reported transactions by call state; those that nobody reported are left out."""
+        """The reported transactions by call state; states that nobody reported are left out."""
         counts = {state: number for state, number in self.report.by_call_state.items() if number}
         return _to_rows(counts, {state: CALL_STATES[state].text for state in counts})
 
     @cached_property
     def keys(self) -> list[Row]:
-        """How often each key of a telephone was pressed; the rare ones only where they were."""
+        """How often each key of a telephone was pressed; the rare keys A to D are left out if nobody pressed them."""
         shown = _KEYS + "".join(key for key in _RARE_KEYS if self.report.key_presses.get(key))
         return _to_rows({key: self.report.key_presses.get(key, 0) for key in shown}, {})
 
@@ -149,21 +149,22 @@ class Overview:
 
     @cached_property
     def senders(self) -> list[Row]:
-        """The updates by who sent them, the most first."""
+        """The updates by API user; the user that sent the most comes first."""
         return _to_rows(dict(sorted(self.report.senders.items(), key=lambda sender: -sender[1])), {})
 
     @cached_property
     def timeline(self) -> Timeline | None:
-        """The updates over time; None where there is none in the time that is shown."""
+        """The updates over time; None if none came in during the time that is shown."""
         return arrange_timeline(self.report.updates_by_minute, self.zone, SPANS[self.span], self.as_of_ms)
 
 
 def arrange_timeline(
     by_minute: Mapping[int, int], zone: ZoneInfo, minutes: int | None, as_of_ms: int
 ) -> Timeline | None:
-    """Return updates by the minute as few enough columns of equal length, cut where the zone's clock cuts them.
+    """Arrange updates by the minute in columns of equal length, few enough to show, that begin at round clock times.
 
-    Of the last `minutes` before `as_of_ms`, or of all. Hours that a clock shows twice are one in the columns.
+    Takes the updates of the last `minutes` before `as_of_ms`, or all if `minutes` is None. Where the zone's clock shows
+    an hour twice, both hours are counted in the same columns.
     """
     since_ms = as_of_ms - minutes * _MINUTE_MS if minutes is not None else 0
     counted = {minute_ms: number for minute_ms, number in by_minute.items() if number > 0 and minute_ms > since_ms}

@@ -1,7 +1,7 @@
 """The dashboard's pages: deployments, one deployment as it goes on, a transaction, and signing in and out.
 
-What is on a page comes from `voicetx.reading`, and how it looks from the templates. The lists are in
-`voicetx.dashboard.lists`; who may see a page, `voicetx.dashboard.visits` decides. Ids are in the query and not in the
+What a page shows comes from `voicetx.reading`, and how it looks from the templates. The lists are in
+`voicetx.dashboard.lists`; `voicetx.dashboard.visits` decides who may see a page. Ids are in the query and not in the
 path, because they may hold any character.
 """
 
@@ -33,7 +33,7 @@ from voicetx.reading.transactions import mask_transaction, report_transaction
 from voicetx.storage.store import StoreUnavailable
 
 FEW_UPDATES = 100
-"""How many updates of a transaction are shown, the last ones; on request as many as the API shows."""
+"""How many of a transaction's last updates are shown; on request, as many as the API shows."""
 
 _REPORTED_DAYS = 7
 _CACHE_FOR_EVER = "public, max-age=31536000, immutable"
@@ -68,7 +68,7 @@ async def show_deployments(request: Request) -> Response:
 
 @router.get("/")
 async def lead_to_deployments(request: Request) -> Response:
-    """Lead whoever wrote a slash too many to the deployments, with a permanent redirect."""
+    """Redirect permanently to the deployments, for people who type a slash at the end of the address."""
     query = request.url.query
     return RedirectResponse(PATH + (f"?{query}" if query else ""), 308)
 
@@ -108,10 +108,10 @@ async def follow_deployment(request: Request) -> Response:
             try:
                 user = await sessions.recognise(services, request.scope)
             except StoreUnavailable:
-                return True  # it cannot be known now, and was true a moment ago
+                return True  # the database can't be asked now, and it was true a moment ago
             except Rejected:
                 return False
-            # A user who may see more, or less, than when the stream began has to open it again.
+            # A user whose grants changed since the stream began, and who may see more or less now, has to reopen it.
             return Grant.TRANSACTIONS_READ in user.grants and (
                 visit.may_see_numbers == (Grant.TRANSACTIONS_READ_PERSONAL in user.grants)
             )
@@ -177,7 +177,7 @@ async def sign_in(request: Request) -> Response:
         token = await _open_session(request, form.get("secret_key", "").strip())
     except ClientGone:
         raise
-    except Exception as error:  # noqa: BLE001 - each becomes a page, and the unforeseen ones a log line too
+    except Exception as error:  # noqa: BLE001 - each becomes a page, and unforeseen ones are logged too
         response, code = answer_error(request, error)
         if code == Refusal.NOT_SIGNED_IN.code:
             message = "That secret key is not valid. Check that it was copied whole."
@@ -192,7 +192,7 @@ async def sign_in(request: Request) -> Response:
 async def _open_session(request: Request, secret_key: str) -> Token:
     authenticator, address = request.app.state.services.authenticator, client_address(request.scope)
     user = await authenticator.authenticate(f"Bearer {secret_key}".encode(), address)
-    require_grant(user, Grant.TRANSACTIONS_READ)  # checked first, or there would be a session that may show nothing
+    require_grant(user, Grant.TRANSACTIONS_READ)  # checked first, so that no session begins that may show nothing
     token: Token = await authenticator.open_session(secret_key, address)
     return token
 
@@ -215,7 +215,10 @@ async def sign_out(request: Request) -> Response:
 
 @router.get("/static/{name}")
 async def show_asset(request: Request, name: str) -> Response:
-    """Send a file that pages load. A browser keeps it for ever where the address has its digest, else asks again."""
+    """Send a file that pages load.
+
+    Browsers keep it for ever if its digest is in the address, and otherwise ask again each time.
+    """
     asset = ASSETS.get(name)
     if asset is None:
         return answer_error(request, Rejected(Refusal.NOT_FOUND))[0]

@@ -1,6 +1,6 @@
-"""Templates become pages, and the files of the package that pages load.
+"""Render pages from templates, and keep the files that pages load.
 
-Everything that is put into a page is escaped unless it is a picture of ours. Knows neither requests nor the database.
+Everything that is put into a page is escaped, except our own pictures. Knows neither requests nor the database.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def render_parts(overview: Overview) -> dict[str, str]:
 
 
 def summarise(overview: Overview) -> str:
-    """Return what is said of a deployment to who listens to its page, in a sentence."""
+    """Return a sentence about a deployment, for people who use its page with a screen reader."""
     report = overview.report
     rate = _format_share(report.answer_rate)
     return (
@@ -68,7 +68,7 @@ def summarise(overview: Overview) -> str:
 
 
 def format_clock(milliseconds: int, zone: ZoneInfo) -> str:
-    """Return what a zone's clock shows at an instant."""
+    """Return the time that a zone's clock shows at an instant."""
     return f"{_in_zone(milliseconds, zone):%H:%M:%S}"
 
 
@@ -113,7 +113,7 @@ def render_part(name: str, overview: Overview) -> str:
 
 
 def _choose(chosen: Mapping[str, str], deployment_id: str, name: str, value: str | None) -> str:
-    """Return the query of a list with one filter set, or given up, and the others as they are."""
+    """Return the query of a list with one filter set (or removed, if `value` is None) and the others unchanged."""
     kept = {other: it for other, it in chosen.items() if other != name}
     return urlencode({"id": deployment_id} | kept | ({name: value} if value is not None else {}))
 
@@ -127,11 +127,11 @@ def _format_number(number: int) -> str:
 
 
 def _format_share(share: float | None) -> str:
-    """Return a share in percent; what is not quite none or all is not rounded to it."""
+    """Return a share in percent; only shares of exactly none or all are shown as 0 or 100 %."""
     if share is None:
         return "–"  # noqa: RUF001 - a dash for no number
     percent = share * 100
-    if 0 < percent < 0.1:  # noqa: PLR2004 - what is shown of it
+    if 0 < percent < 0.1:  # noqa: PLR2004 - the smallest share that is shown as a number
         return "< 0.1 %"
     if 99.9 < percent < 100:  # noqa: PLR2004 - the same
         return "> 99.9 %"

@@ -1,8 +1,8 @@
-"""Who looks at a page: a browser signs in with a secret key and keeps an access token in a cookie.
+"""Sessions: a browser signs in with a secret key and keeps an access token in a cookie.
 
-The token is one like those that dialers get: it expires, dies with the key it was got with, and is known to every
-process, so nothing is kept here. The cookie is for the dashboard's paths only, hidden from scripts and never sent with
-a request that another site has caused. Source: docs/decisions/0017-dashboard.md.
+It is the same kind of token that dialers get: it expires, it is deleted with the secret key it was issued for, and
+every process knows it, so nothing is kept here. The cookie is for the dashboard's paths only, hidden from scripts and
+never sent with a request that another site has caused. Source: docs/decisions/0017-dashboard.md.
 """
 
 from urllib.parse import urlsplit
@@ -30,7 +30,7 @@ async def recognise(services: Services, scope: Scope) -> ApiUser:
 
 
 def read_token(scope: Scope) -> str | None:
-    """Return the token in the request's cookie; None where there is none, or several, which is nobody's."""
+    """Return the token in the request's cookie, or None if there is no such cookie or there are several."""
     found = _find_cookies(scope)
     if len(found) != 1 or not found[0].startswith(TOKEN_PREFIX) or not found[0].isascii():
         return None
@@ -38,28 +38,29 @@ def read_token(scope: Scope) -> str | None:
 
 
 def has_cookie(scope: Scope) -> bool:
-    """Say whether the browser keeps something as its token, good or not."""
+    """Say whether the browser has a cookie for the token, valid or not."""
     return bool(_find_cookies(scope))
 
 
 def keep(token: Token, scope: Scope) -> str:
-    """Return the `set-cookie` field with which the browser keeps a token for as long as it is valid."""
+    """Return the `set-cookie` field that makes the browser keep a token for as long as it is valid."""
     return _write(token.access_token, token.expires_in_seconds, scope)
 
 
 def forget(scope: Scope) -> str:
-    """Return the `set-cookie` field with which the browser forgets its token."""
+    """Return the `set-cookie` field that makes the browser delete its token."""
     return _write("", 0, scope)
 
 
 def require_own_page(request: Request) -> None:
-    """Raise `Rejected` (430) for a form that a page of another site has sent."""
+    """Raise `Rejected` (430) if a page of another site has sent the form."""
     site = request.headers.get("sec-fetch-site")
     origin = request.headers.get("origin")
     if site is not None:
         is_own = site == "same-origin"
     else:
-        # An old browser, or one that came over plain HTTP; what is no browser names no origin, and is nobody's tool.
+        # The client is an old browser, or one that uses plain HTTP, and names its origin; or it is not a browser, which
+        # names no origin and which no other site can misuse.
         is_own = origin is None or urlsplit(origin).netloc == request.headers.get("host")
     if not is_own:
         raise Rejected(Refusal.NOT_GRANTED)

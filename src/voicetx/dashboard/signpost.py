@@ -1,4 +1,4 @@
-"""What stands at `/`: where the dashboard and the documentation are, as a page for browsers, as JSON for programs."""
+"""What `/` answers: where the dashboard and the documentation are, as a page for browsers and as JSON for programs."""
 
 from collections.abc import Mapping
 
@@ -25,7 +25,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 async def show_the_way(request: Request) -> Response:
-    """Say what is where, to everybody."""
+    """Say where everything is; no credential is needed."""
     headers = {"vary": "accept", "cache-control": "no-cache"}
     if "text/html" in request.headers.get("accept", ""):
         return HTMLResponse(render("signpost.html", user=None, places=PLACES), headers=headers)

@@ -1,7 +1,7 @@
 """Visits: who asks for a page of the dashboard, whether they may see it, and the page that says why not.
 
-A page is asked for by a browser that is signed in (`voicetx.dashboard.sessions`). Whoever is not signed in gets the
-form, and is led back afterwards to the page they wanted. Refusals are pages too, never JSON.
+The browser has to be signed in (`voicetx.dashboard.sessions`). People who are not get the form to sign in, and come
+back afterwards to the page they wanted. Refusals are pages too, never JSON.
 """
 
 import re
@@ -26,7 +26,7 @@ from voicetx.dashboard.rendering import render
 from voicetx.dashboard.sessions import PATH
 from voicetx.services import Services
 
-_PAGES_LIMIT = "600/minute"  # for each API user; apart from the limit of its calls
+_PAGES_LIMIT = "600/minute"  # for each API user; counted apart from its calls
 _FORM_LIMIT_BYTES = 8_192
 OWN_PAGE = re.compile(r"/dashboard(?:/[a-z/-]*)?(?:\?[\x21-\x7e]*)?")
 _STATUS = {Refusal.NOT_GRANTED: 403, Refusal.INTERNAL: 503, Refusal.METHOD_NOT_SUPPORTED: 405}
@@ -52,7 +52,7 @@ class Visit:
 
     @property
     def wanted(self) -> str:
-        """The id in the query; raises `Rejected` (404) for one that nothing can have."""
+        """The id in the query. Raises `Rejected` (404) for a text that can't be an id."""
         return check_id(self.request.query_params.get("id", ""))
 
     def render(self, template: str, **values: Any) -> Response:
@@ -66,14 +66,14 @@ Show = Callable[[Visit], Awaitable[Response]]
 
 
 def is_page(path: str) -> bool:
-    """Say whether a path is the dashboard's, so that every answer to it is a page, refusals too."""
+    """Say whether a path belongs to the dashboard; every answer to it is then a page, even a refusal."""
     return path == PATH or path.startswith(PATH + "/")
 
 
 def answer_error(request: Request, error: Exception, user: ApiUser | None = None) -> tuple[Response, int]:
-    """Return the page that says what an exception means, and its code for the log.
+    """Return the page that explains an exception, and the code for the log.
 
-    For a user who is not signed in that page is the form.
+    If the user is not signed in, that page is the form to sign in.
     """
     rejected = to_rejected(error)
     refusal = rejected.refusal
@@ -88,7 +88,7 @@ def answer_error(request: Request, error: Exception, user: ApiUser | None = None
 
 
 async def visit(request: Request, show: Show, grant: Grant | None = Grant.TRANSACTIONS_READ) -> Response:
-    """Return what `show` shows, if the user is signed in and has the grant, or else a page that says why not."""
+    """Return what `show` returns if the user is signed in and has the grant, otherwise a page that says why not."""
     services: Services = request.app.state.services
     user: ApiUser | None = None
     try:
@@ -100,30 +100,30 @@ async def visit(request: Request, show: Show, grant: Grant | None = Grant.TRANSA
         response, code = await show(Visit(request, services, user)), None
     except ClientGone:
         raise
-    except Exception as error:  # noqa: BLE001 - each becomes a page, and the unforeseen ones a log line too
+    except Exception as error:  # noqa: BLE001 - each becomes a page, and unforeseen ones are logged too
         response, code = answer_error(request, error, user)
     note_for_log(request.scope, code=code or response.status_code, user=user)
     return response
 
 
 def ask_to_sign_in(request: Request, *, message: str, target: str | None = None) -> Response:
-    """Return the form to sign in, which leads to `target` afterwards, or to the page that is asked for."""
+    """Return the form to sign in, which leads to `target` afterwards, or else to the page that was asked for."""
     if target is None:
         query = request.url.query
         target = request.url.path + (f"?{query}" if query else "") if request.method == "GET" else PATH
         if not OWN_PAGE.fullmatch(target):
             target = PATH
-    # Where a link on another site led here, a browser keeps a strict cookie to itself; its next request has it.
+    # After a link on another site, a browser does not send a strict cookie; its next request will have it.
     is_led_here = request.headers.get("sec-fetch-site") == "cross-site" and request.method == "GET"
     response = _answer(render("sign-in.html", user=None, message=message, target=target, is_led_here=is_led_here), 401)
-    response.headers["www-authenticate"] = "Bearer"  # RFC 9110 15.5.2 wants a challenge; browsers pass over this one
+    response.headers["www-authenticate"] = "Bearer"  # RFC 9110 15.5.2 requires a challenge; browsers ignore this one
     if sessions.has_cookie(request.scope):
         response.headers["set-cookie"] = sessions.forget(request.scope)
     return response
 
 
 def _answer(page: str, status: int) -> Response:
-    # Forms of a page that sends no referrer name no origin either, and would look like those of another site.
+    # With no referrer at all, the page's own forms would name no origin either, and look like those of another site.
     headers = {"cache-control": "no-store", "referrer-policy": "same-origin"}
     return HTMLResponse(page, status, headers)
 
@@ -149,7 +149,7 @@ def read_number(text: str) -> int:
 
 def check_id(text: str) -> str:
     """Return an id from the query; raises `Rejected` (404) for a text that no transaction or deployment can have."""
-    # The database is not asked for it, since it may refuse the text itself.
+    # Checked here and not by asking the database, which may refuse the text itself.
     if not is_id(text):
         raise Rejected(Refusal.NOT_FOUND)
     return text
