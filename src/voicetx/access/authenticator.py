@@ -1,8 +1,8 @@
 """Who a credential belongs to: secret keys, access tokens, and the sessions of the dashboard.
 
-Second step of an update, after the path and method: `Authenticator.recall` or `authenticate` turns an `authorization`
-header into an `ApiUser`. Credentials are kept in memory by their SHA-256 digests only. How users and keys are made:
-`voicetx.access.users`. Source: docs/contract.md, section 4.
+This is the second step of handling an update, after the path and method: `Authenticator.recall` or `authenticate` turns
+an `authorization` header into an `ApiUser`. Of credentials, only the SHA-256 digests are kept in memory. How users and
+keys are made: `voicetx.access.users`. Source: docs/contract.md, section 4.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from voicetx.storage.schema import access_token, api_secret, api_user
 from voicetx.storage.store import Store, ValueRefused
 
 if TYPE_CHECKING:
-    from voicetx.access.throttle import Throttle  # the command line needs none of it and starts faster without
+    from voicetx.access.throttle import Throttle  # the command line does not need it, and starts faster without it
 
 TOKEN_PREFIX = "vat_"  # noqa: S105 - the same for access tokens
 _CREDENTIAL = re.compile(rb"[A-Za-z0-9._~+/-]+=*")  # b64token of RFC 6750, section 2.1
 _CACHE_SIZE = 10_000
 _MINUTE_MS = 60_000
-_KEEP_EXPIRED_MS = 86_400_000  # for a day, using an expired token is answered as such and not counted as a guess
+_KEEP_EXPIRED_MS = 86_400_000  # an expired token is answered as expired for a day, not counted as a guess
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """An access token, shown once; `expires_in_seconds` from when it was made."""
+    """An access token, which is shown only once; `expires_in_seconds` counts from when it was made."""
 
     access_token: str
     expires_in_seconds: int
@@ -44,7 +44,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What the database said of a credential, and until when that is believed (monotonic seconds)."""
+    """What the database says about a credential, and until when that may be used (monotonic seconds)."""
 
     user: ApiUser
     expires_at_ms: int | None
@@ -52,16 +52,15 @@ class _Found:
 
 
 class Authenticator:
-    """Tells who a credential belongs to, and believes what the database said for `credential_cache_seconds`.
+    """Tells who a credential belongs to, and caches the database's answer for `credential_cache_seconds`.
 
-    So a revocation takes effect in every process within that time. In the last quarter of it, a credential that is used
+    So a revocation takes effect in every process within that time. A credential that is used in the last quarter of it
     is looked up again in the background, so that dialers that send all the time do not wait for the database.
 
     When a credential is looked up, the use of its secret key is noted with the process's activity, at most once a
-    minute, and only where the database does not know of that minute already. Using a token counts as using
-    its key.
+    minute, and only if the database does not know of that minute already. Using a token counts as using its key.
 
-    Failed sign-ins are counted by client address and refused past a limit. A credential that was seen to be good is
+    Failed sign-ins are counted by client address and refused past a limit. A credential that is known to be valid is
     exempt, so one misconfigured dialer does not lock out others behind the same address.
     """
 
@@ -76,14 +75,14 @@ class Authenticator:
         self._noted: dict[bytes, int] = {}
 
     def recall(self, credential_digest: bytes) -> ApiUser | None:
-        """Return the user of a credential that is believed at this moment, or None; never waits."""
+        """Return the user of a credential if the cache knows it at this moment, or None; never waits."""
         found = self._find_believed(credential_digest)
         return found.user if found is not None and not _has_expired(found) else None
 
     async def authenticate(self, authorization: bytes | None, address: str) -> ApiUser:
-        """Return the API user whose secret key or access token the `authorization` header bears.
+        """Return the API user whose secret key or access token is in the `authorization` header.
 
-        Raises `Rejected` (498), `ThrottleReached` for an address with too many failures, `StoreUnavailable`.
+        Raises `Rejected` (498), `ThrottleReached` for an address with too many failed sign-ins, `StoreUnavailable`.
         """
         credential = _read_bearer(authorization) if authorization is not None else None
         if credential is None:
@@ -96,8 +95,8 @@ class Authenticator:
     async def issue_token(self, api_key_id: str, secret_key: str, address: str) -> Token:
         """Make an access token for the API user with that key id and secret key (RFC 6749, section 4.4).
 
-        It counts as a call of that user. Raises `Rejected` (498) where the two do not belong together, else as
-        `authenticate`.
+        It counts as a call of that user. Raises `Rejected` (498) if the two do not belong together, and otherwise what
+        `authenticate` raises.
         """
         user = await self._find_by_key(secret_key, address)
         if not hmac.compare_digest(str(user.api_key_id).encode(), api_key_id.strip().lower().encode()):
@@ -105,7 +104,7 @@ class Authenticator:
         return await self._issue(user, secret_key, self._token_lifetime_seconds, address)
 
     async def open_session(self, secret_key: str, address: str) -> Token:
-        """Make an access token for a browser to keep, given a secret key alone; otherwise as `issue_token`."""
+        """Make an access token for a browser to keep, given only a secret key; otherwise like `issue_token`."""
         user = await self._find_by_key(secret_key, address)
         return await self._issue(user, secret_key, self._session_lifetime_seconds, address)
 
@@ -213,7 +212,7 @@ class Authenticator:
     def _forget_lookup(self, digest: bytes, lookup: "asyncio.Task[_Found | None]") -> None:
         del self._lookups[digest]
         if not lookup.cancelled():
-            lookup.exception()  # whoever awaits it gets it raised; where everybody hung up, asyncio must not log it
+            lookup.exception()  # callers that await it get it raised; if all have hung up, asyncio must not log it
 
     async def _fail(self, address: str, challenge: Challenge = Challenge.UNKNOWN) -> NoReturn:
         await self._throttle.count_failed_sign_in(address)
@@ -221,7 +220,7 @@ class Authenticator:
 
 
 def digest_bearer(authorization: bytes) -> bytes | None:
-    """Return the SHA-256 of the credential in an `authorization` header, as `recall` takes it, or None without one."""
+    """Return the SHA-256 of the credential in an `authorization` header, as `recall` needs it, or None without one."""
     credential = _read_bearer(authorization)
     return hashlib.sha256(credential).digest() if credential is not None else None
 
@@ -233,7 +232,7 @@ def _read_bearer(authorization: bytes) -> bytes | None:
 
 
 def _explain(authorization: bytes | None) -> Challenge:
-    """Return what is wrong with a header that bears no credential."""
+    """Return what is wrong with a header that has no credential in it."""
     if authorization is None:
         return Challenge.NO_HEADER
     if not authorization.strip():

@@ -1,10 +1,10 @@
 """The throttle: how many calls an API user may make in a window of time, and how many failed sign-ins an address.
 
-Third step of an update, after authentication and before its body is read. Calls are counted by authenticated API user,
-never by anything that a stranger can make up. slowapi's `Limiter` holds the default limit and the counts in memory, and
-its exception is what is raised; the check is ours (docs/decisions/0009-slowapi.md). Source: contract, sections 3 and 4.
-Where several processes count together: `voicetx.storage.shared_counts`. Where several instances do, and what happens
-while Redis hangs: `voicetx.access.redis_counts`.
+This is the third step of handling an update, after authentication and before its body is read. Calls are counted by
+authenticated API user, never by anything that a stranger can make up. slowapi's `Limiter` holds the default limit and
+the counts in memory, and we raise its exception; the check is ours (docs/decisions/0009-slowapi.md). Source: contract,
+sections 3 and 4. How several processes count together: `voicetx.storage.shared_counts`. How several instances do, and
+what happens while Redis hangs: `voicetx.access.redis_counts`.
 
 A window begins at a whole multiple of its length since 1970, and its number is part of the key it is counted by. So
 each process knows by itself when a window ends, as long as the clocks of the hosts agree: a host whose clock is wrong
@@ -36,11 +36,11 @@ from voicetx.storage.shared_counts import COUNTS_FILE_VARIABLE, SharedCounts
 _LEASES_IN_A_WINDOW = 50
 _ADDRESSES_MOST = 100_000
 _ADDRESS_MOST_CHARACTERS = 64
-_IPV6_NETWORK_BITS = 64  # what one subscriber is given: counting single addresses of it would count nothing
+_IPV6_NETWORK_BITS = 64  # one subscriber gets such a network, and could use a new address of it for every attempt
 
 
 class ThrottleReached(RateLimitExceeded):
-    """A limit is reached; the next window begins within `retry_after_seconds`, a whole number and at least 1."""
+    """A limit is reached. The next window begins within `retry_after_seconds`, a whole number, at least 1."""
 
     def __init__(self, limit: Limit, retry_after_seconds: int) -> None:
         super().__init__(limit)
@@ -49,7 +49,7 @@ class ThrottleReached(RateLimitExceeded):
 
 @dataclass(slots=True)
 class _Waiting:
-    """A call, or several at once, that waits for Redis to decide on it."""
+    """A call, or several at once, that waits for the decision of Redis."""
 
     cost: int
     decision: asyncio.Future[None]
@@ -57,7 +57,7 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Lease:
-    """Calls that one user may still make in one window: they are counted already, in a batch, but not made yet."""
+    """Calls that one user may still make in one window: they were counted in advance, several at once."""
 
     user: str
     limit: Limit
@@ -87,15 +87,15 @@ class _Lease:
         return int(time.time() // self.length_seconds)
 
     def enter(self, window: int) -> None:
-        """Begin a window, unless it is the current one already: what was leased for another is void."""
+        """Begin a window, unless it is already the current one. What was leased for another window is void."""
         if self.window != window:
             self.window, self.left, self.granted, self.is_exhausted, self.is_local = window, 0, 0, False, False
 
     def add(self, asked: int, counted: int, *, is_local: bool) -> None:
         """Add to the lease, after `asked` more calls were counted and the count has become `counted`.
 
-        Where counts were lost, or it is another store that counts now, what was granted here before is subtracted all
-        the same, so the limit holds.
+        If counts were lost, or another store counts now, the calls that were granted here before are still subtracted,
+        so the limit holds.
         """
         used = max(counted - asked, self.granted)
         granted = min(asked, max(0, self.limit.limit.amount - used))
@@ -106,17 +106,17 @@ class _Lease:
 
 
 class Throttle:
-    """Counts calls and failed sign-ins; there is one in each process, closed with `close`.
+    """Counts calls and failed sign-ins. There is one in each process; close it with `close`.
 
-    Calls are counted some at a time: a fiftieth of the limit, at least one, or as many as wait. Such a lease is then
-    spent without asking anybody. Where one process serves, it counts in its memory, and limits are exact. Several
-    processes of one instance count together in a file, and several instances in Redis. A limit is never exceeded then
-    either, and one below 100 is exact; a larger one may be reached early, by what the other processes hold leased: a
-    fiftieth of the limit each. While Redis is away each instance counts for itself, and admits no more than the limit;
-    `fallbacks` is the number of calls that were decided like this.
+    Calls are counted in advance, several at once: a fiftieth of the limit, at least one, or as many as wait. Such a
+    lease is then spent without asking anybody. If only one process serves, it counts in its memory, and limits are
+    exact. Several processes of one instance count together in a file, and several instances in Redis. Then too a limit
+    is never exceeded, and one below 100 is exact. A larger one may be reached early, by what the other processes have
+    leased and not spent: a fiftieth of the limit each. While Redis is away, each instance counts for itself and admits
+    no more than the limit; `fallbacks` is the number of calls that were decided like this.
 
-    Failed sign-ins are counted together in the same places. A process learns of those elsewhere when it counts the next
-    one itself, so an address may have one more in each process.
+    Failed sign-ins are counted together in the same places. A process learns of failures in other processes when it
+    counts the next one itself, so an address may have one more in each process.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -135,13 +135,13 @@ class Throttle:
 
     @property
     def fallbacks(self) -> int:
-        """How many calls were decided without Redis, because it was away."""
+        """How many calls were decided without Redis because it was away."""
         return self._redis.fallbacks if self._redis is not None else 0
 
     def spend(self, user: Hashable, limit: str | None) -> bool:
-        """Count and admit a call, if that takes no waiting and no exception; returns whether it did.
+        """Count and admit a call if that needs neither waiting nor an exception; return whether it did.
 
-        Where it returns False nothing is counted, and `admit` has to be asked.
+        If it returns False, nothing was counted, and `admit` has to be called.
         """
         lease = self._find_lease(user, self._default if limit is None else limit)
         lease.enter(lease.find_window())
@@ -156,11 +156,11 @@ class Throttle:
         return True
 
     def admit(self, user: Hashable, limit: str | None, cost: int = 1) -> Awaitable[None] | None:
-        """Count `cost` calls of a user under its own limit, or the default where that is None.
+        """Count `cost` calls of a user under its own limit, or under the default limit if that is None.
 
-        Returns None where the calls are admitted. Where Redis has to be asked first, returns an awaitable, which takes
-        at most twice the Redis timeout and needs the event loop. Raises `ThrottleReached`, here or when awaited.
-        Refused calls are not counted.
+        Returns None if the calls are admitted. If Redis has to be asked first, returns an awaitable, which takes at
+        most twice the Redis timeout and needs the event loop. Raises `ThrottleReached`, here or when awaited. Refused
+        calls are not counted.
         """
         lease = self._find_lease(user, self._default if limit is None else limit)
         lease.enter(lease.find_window())
@@ -174,7 +174,7 @@ class Throttle:
         return None
 
     def check_sign_in(self, address: str) -> None:
-        """Raise `ThrottleReached` where this process knows that an address has used up its failed sign-ins."""
+        """Raise `ThrottleReached` if this process knows that an address has used up its failed sign-ins."""
         if self._count_by_network().get(_name_network(address), 0) >= self._sign_in_limit.limit.amount:
             raise _refuse(self._sign_in_limit, (self._sign_in_window + 1) * self._sign_in_limit.limit.get_expiry())
 
@@ -186,7 +186,7 @@ class Throttle:
         metrics.FAILED_SIGN_INS.inc()
         counts, network = self._count_by_network(), _name_network(address)
         if len(counts) >= _ADDRESSES_MOST:
-            # Memory has to be bounded, and whoever has that many addresses would not be stopped by counts anyway.
+            # Memory has to be bounded, and counts would not stop somebody with that many addresses anyway.
             counts.clear()
         counts[network] = counts.get(network, 0) + 1
         window = self._sign_in_window
@@ -206,7 +206,7 @@ class Throttle:
             self._counts.close()
 
     def _find_lease(self, user: Hashable, text: str) -> _Lease:
-        # These are never dropped: there is one for each API user, and strangers have none.
+        # Leases are never dropped: there is one for each API user, and strangers have none.
         lease = self._leases.get((user, text))
         if lease is None:
             limit = _read_limit(text)
@@ -224,7 +224,7 @@ class Throttle:
         return self._failed_sign_ins
 
     def _decide(self, lease: _Lease, cost: int) -> None:
-        """Take calls from the lease, which is topped up in this instance if need be, or raise `ThrottleReached`."""
+        """Take calls from the lease, topping it up in this instance if needed, or raise `ThrottleReached`."""
         self._top_up(lease, cost)
         self._note_decision(lease)
         if lease.left < cost:
@@ -242,14 +242,14 @@ class Throttle:
             metrics.THROTTLE_FALLBACKS.inc()
 
     def _count_here(self, lease: _Lease, asked: int) -> int:
-        """Count within this instance: in the file that its processes share, or else in the memory of this one."""
+        """Count within this instance: in the file that its processes share, or else in this process's memory."""
         counted = self._counts.count(lease.key, lease.length_seconds, asked) if self._counts is not None else None
         if counted is None:
             counted = int(self._limiter.limiter.storage.incr(lease.key, lease.length_seconds, amount=asked))
         return counted
 
     async def _count_together(self, key: str, length_seconds: int) -> int:
-        """Count one more of `key` with the other processes and return the sum; 0 where that is not possible."""
+        """Count one more of `key` together with the other processes; return the sum, or 0 if that is not possible."""
         counted = None
         if self._redis is not None and self._redis.may_ask():
             counted = await self._redis.count(key, length_seconds, 1)
@@ -258,7 +258,7 @@ class Throttle:
         return counted or 0
 
     async def _ask(self, redis: RedisCounts, lease: _Lease) -> None:
-        """Ask Redis, then decide on all calls that wait; those that come meanwhile share the next question."""
+        """Ask Redis, then decide on all calls that wait; those that come meanwhile share the next request."""
         batch: list[_Waiting] = []
         try:
             while lease.waiting:
@@ -272,13 +272,13 @@ class Throttle:
                     lease.waiting = []
                     lease.enter(lease.find_window())
                 else:
-                    # The window may have ended meanwhile; these calls were counted in it all the same.
+                    # The window may have ended meanwhile, but these calls were counted in it.
                     lease.enter(window)
                     lease.add(asked, counted, is_local=False)
                 for call in batch:
                     self._settle(lease, call)
         finally:
-            # Calls are undecided here only where this task was cancelled, as it is when the event loop ends.
+            # Calls are undecided here only if this task was cancelled, which happens when the event loop ends.
             for call in batch + lease.waiting:
                 call.decision.cancel()
             lease.waiting, lease.asking = [], None
@@ -288,7 +288,7 @@ class Throttle:
             return
         try:
             self._decide(lease, call.cost)
-        except Exception as error:  # noqa: BLE001 - `ThrottleReached` or anything else: the caller gets it raised
+        except Exception as error:  # noqa: BLE001 - `ThrottleReached` or any other: it is raised to the caller
             call.decision.set_exception(error)
         else:
             call.decision.set_result(None)
@@ -296,7 +296,7 @@ class Throttle:
 
 @lru_cache(maxsize=1024)
 def _read_limit(text: str) -> Limit:
-    """Return a limit as slowapi's exception wants it; its `limit` is what the library `limits` makes of the text."""
+    """Return a limit as slowapi's exception needs it; its `limit` is the text as the library `limits` parses it."""
     return Limit(
         parse(text),
         _name_user,

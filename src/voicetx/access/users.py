@@ -1,7 +1,7 @@
 """API users, their grants and their secret keys: what an administrator makes, changes and deletes.
 
-The command line calls these functions; a running service notices a change when it next looks a credential up
-(`voicetx.access.authenticator`). Of a secret key only the SHA-256 digest is stored: a key is 256 random bits, so it
+The command line calls these functions. A running service notices a change when it next looks up a credential
+(`voicetx.access.authenticator`). Only the SHA-256 digest of a secret key is stored: a key is 256 random bits, so it
 cannot be guessed, and a slow hash would add nothing. Source: docs/contract.md, section 4.
 """
 
@@ -34,12 +34,12 @@ class Grant(StrEnum):
 
 
 class AdministrationError(Exception):
-    """What was asked cannot be done; the text says why, in a sentence for the administrator."""
+    """A request of the administrator cannot be carried out; the text says why, in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class SecretKey:
-    """What is known of a secret key; `last_used_at_ms` is exact to the minute, and None for one that was never used."""
+    """What is known of a secret key; `last_used_at_ms` is exact to the minute, and None if the key was never used."""
 
     slot: int
     created_at_ms: int
@@ -50,8 +50,8 @@ class SecretKey:
 class ApiUser:
     """An API user as every step after authentication sees it.
 
-    `time_zone` and `call_limit` are None where the settings' defaults hold. `keys` are its secret keys, which are
-    not read where a request is authenticated.
+    `time_zone` and `call_limit` are None if the defaults of the settings apply. `keys` are its secret keys; they are
+    not read when a request is authenticated.
     """
 
     api_key_id: UUID
@@ -64,7 +64,7 @@ class ApiUser:
 
     @property
     def key_slots(self) -> tuple[int, ...]:
-        """The slots, 1 and 2, in which there are secret keys."""
+        """Which of the slots 1 and 2 have a secret key."""
         return tuple(key.slot for key in self.keys)
 
 
@@ -114,7 +114,7 @@ def list_users(connection: Connection) -> list[ApiUser]:
 
 
 def find_user(connection: Connection, name_or_id: str) -> ApiUser:
-    """Return the API user with that name or API key id; raises `AdministrationError` where there is none."""
+    """Return the API user with that name or API key id. Raises `AdministrationError` if there is none."""
     row = connection.execute(select(api_user).where(_matches(name_or_id))).one_or_none()
     if row is None:
         raise AdministrationError(f"There is no API user {name_or_id}.")
@@ -125,7 +125,7 @@ def find_user(connection: Connection, name_or_id: str) -> ApiUser:
 
 
 def _to_key(row: Row[Any]) -> SecretKey:
-    # The minute of a use begins before the key was made where both fall into one.
+    # A key that was made and used within the same minute was made after the beginning of that minute.
     used_ms = None if row.last_used_at_ms is None else max(row.last_used_at_ms, row.created_at_ms)
     return SecretKey(row.slot, row.created_at_ms, used_ms)
 
@@ -148,9 +148,9 @@ def delete_user(connection: Connection, user: ApiUser) -> None:
 
 
 def add_key(connection: Connection, user: ApiUser) -> tuple[int, str]:
-    """Make a secret key beside the one that is there; return its slot and the key.
+    """Make a second secret key for an API user; return its slot and the key.
 
-    The key cannot be read later. Raises `AdministrationError` where there are two.
+    The key cannot be read later. Raises `AdministrationError` if there are two keys already.
     """
     free = [slot for slot in _SLOTS if slot not in user.key_slots]
     if not free:
@@ -159,9 +159,9 @@ def add_key(connection: Connection, user: ApiUser) -> tuple[int, str]:
 
 
 def delete_key(connection: Connection, user: ApiUser, slot: int) -> None:
-    """Delete a secret key and the access tokens got with it; where key 1 goes, key 2 becomes key 1.
+    """Delete a secret key and the access tokens issued for it. If key 1 is deleted, key 2 becomes key 1.
 
-    Raises `AdministrationError` where there is no key in that slot.
+    Raises `AdministrationError` if there is no key in that slot.
     """
     if slot not in user.key_slots:
         raise AdministrationError(f"{user.name} has no secret key {slot}.")
@@ -188,7 +188,7 @@ def _join(grants: Iterable[Grant]) -> str:
 
 
 def to_user(row: Row[Any], keys: Iterable[SecretKey] = ()) -> ApiUser:
-    """Make an `ApiUser` of its row, with those secret keys that the caller has read."""
+    """Make an `ApiUser` from its row, with the secret keys that the caller has read."""
     return ApiUser(
         api_key_id=row.api_key_id,
         name=row.name,
@@ -201,5 +201,5 @@ def to_user(row: Row[Any], keys: Iterable[SecretKey] = ()) -> ApiUser:
 
 
 def digest_credential(credential: str) -> bytes:
-    """Return the SHA-256 of a secret key or an access token: all that is ever stored of it."""
+    """Return the SHA-256 of a secret key or an access token; nothing else of it is ever stored."""
     return hashlib.sha256(credential.encode()).digest()
