@@ -60,7 +60,7 @@ def list_audit_records(connection: Connection) -> list[AuditRecord]:
 
 
 class AuditedRun:
-    """One purge or erasure: what it has done so far, and the record of it. A dry run writes nothing, so no record."""
+    """One purge or erasure: what it has done so far, and its record. A dry run writes nothing, not even a record."""
 
     def __init__(self, store: Store, record_id: UUID | None) -> None:
         self.counts: Counter[str] = Counter()

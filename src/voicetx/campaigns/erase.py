@@ -30,7 +30,7 @@ _TEXT_FIELDS = tuple(name for name in FIELD_NAMES if PRIVACY[name] is not Privac
 
 
 class StillReported(Exception):  # noqa: N818 - a state of the world, named as one
-    """The number came back as often as it was masked: somebody goes on reporting it."""
+    """The number came back each time it was masked: somebody keeps reporting it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class _Masking(NamedTuple):
 
 
 def _mask(connection: Connection, maskings: Sequence[_Masking]) -> Counter[str]:
-    """Mask rows, but none that was changed since it was read: the next pass looks at that one again."""
+    """Mask rows, except those that were changed since they were read: the next pass looks at those again."""
     counts: Counter[str] = Counter()
     for masking in maskings:
         columns = masking.table.c

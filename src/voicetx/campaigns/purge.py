@@ -39,9 +39,9 @@ class Purged:
 async def purge_transactions(
     store: Store, before_ms: int, *, deployment_id: str | None = None, is_dry_run: bool = False, advance: Advance
 ) -> Purged:
-    """Delete the transactions whose last update came before an instant, with their history; return what went.
+    """Delete the transactions whose last update came before an instant, with their history; return what was deleted.
 
-    Of a transaction without updates, the time of its registration counts. Without `deployment_id`, empty deployments
+    For a transaction without updates, the time of its registration counts. Without `deployment_id`, empty deployments
     made before that instant are deleted too (except `unassigned`), and access tokens that expired long ago. A
     transaction that is updated meanwhile stays. May be stopped and run again. Raises what `Store` raises.
     """

@@ -37,7 +37,7 @@ def register_transactions(connection: Connection, deployment_id: str, ids: Colle
 
 
 def _take_over(connection: Connection, deployment_id: str, ids: Collection[str]) -> None:
-    """Move transactions from `unassigned` to a deployment, and what reports count of them."""
+    """Move transactions, and their counts in reports, from `unassigned` to a deployment."""
     matches, values = match_ids(connection, ids)
     taken = connection.execute(
         update(voice_transaction)

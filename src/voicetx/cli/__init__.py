@@ -1,7 +1,7 @@
 """The command line: `voicetx`.
 
-Each module holds the commands of one subject; `main` runs one, and is the one place where what went wrong
-becomes a sentence and a non-zero exit status.
+Each module holds the commands of one subject. `main` runs a command, and is the one place that turns an error into a
+sentence and a non-zero exit status.
 """
 
 import sys
@@ -40,7 +40,7 @@ def _read_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the release and end.")
     ] = False,
 ) -> None:
-    """Heed what is said before the command."""
+    """Handle the options that stand before the command."""
 
 
 app.command("serve")(serve.serve)

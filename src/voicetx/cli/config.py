@@ -1,6 +1,6 @@
-"""`voicetx config`: every setting that is in force and where it comes from, and what is set in vain.
+"""`voicetx config`: every setting in force and where it comes from, and variables that have no effect.
 
-A variable that nobody knows, be it a letter away from one that is known, changes nothing and would go unnoticed.
+A misspelt variable changes nothing, and without this command nobody would notice.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The campaigns of `voicetx demo --live`: one after the other is simulated, gently, for as long as the service runs."""
+"""The campaigns of `voicetx demo --live`: simulated one after the other, at a low rate, while the service runs."""
 
 import asyncio
 import math

@@ -64,7 +64,7 @@ def write(work: Callable[[Connection], T]) -> T:
 
 
 def read(work: Callable[[Connection], T]) -> T:
-    """Run `work`, which writes nothing, as `write` does, but wait for nobody who writes."""
+    """Run `work`, which only reads, on the settings' database, without waiting for those who write."""
     return run_on_store(lambda store: store.read(work))
 
 

@@ -28,7 +28,7 @@ _RECORDED = "recorded"
 
 @dataclass(slots=True)
 class _Journey:
-    """How far a file has got: kept beside it, so that it is resumed where it was stopped."""
+    """How much of a file was sent. It is kept beside the file, so that sending resumes where it was stopped."""
 
     note: Path
     offset: int = 0
@@ -36,14 +36,14 @@ class _Journey:
     answers: Counter[str] = field(default_factory=Counter)
 
     def remember(self) -> None:
-        """Write it down, all or nothing."""
+        """Write it to disk, all or nothing."""
         draft = self.note.with_name(self.note.name + ".new")
         draft.write_bytes(orjson.dumps({"offset": self.offset, "lines": self.lines, "answers": self.answers}))
         draft.replace(self.note)
 
     @classmethod
     def recall(cls, file: Path) -> "_Journey":
-        """Return how far the file got before; its beginning, where nothing is known."""
+        """Return how much of the file was sent before; nothing of it, if that is not known."""
         note = file.with_name(file.name + ".sent")
         if not note.exists():
             return cls(note)

@@ -1,7 +1,7 @@
-"""The dialer that `voicetx simulate` is: it does what docs/dialers.md asks of one.
+"""The dialer of `voicetx simulate`: it does what docs/dialers.md asks of a dialer.
 
-It waits as long as it is told to, and sends again what got no answer, or one that says to try later. What calls it
-reports, `voicetx.cli.simulation` decides.
+It waits as long as it is told to, and sends an update again if there was no answer, or one that says to try later.
+`voicetx.cli.simulation` decides which calls it reports.
 """
 
 import asyncio

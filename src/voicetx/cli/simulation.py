@@ -1,4 +1,4 @@
-"""Simulated calls: what a dialer would report of a campaign in which nobody is rung, and when it would.
+"""Simulated calls: what a dialer would report, and when, for a campaign in which no real call is made.
 
 `voicetx simulate` sends what comes out of here. Pure: no clock, no I/O. The same seed makes the same calls, and the
 shares of what goes wrong on purpose change when updates are sent, never what they say.
