@@ -18,7 +18,7 @@ async def sign_in(services: Services, scope: Scope) -> ApiUser:
 def find_authorization(scope: Scope) -> bytes | None:
     """Return the `authorization` field; if there are several, an empty one, which signs nobody in.
 
-    A proxy in front may have looked at another one than we would.
+    With several, a proxy in front may have checked another one than we would.
     """
     found = [value for name, value in scope["headers"] if name == b"authorization"]
     return (bytes(found[0]) if len(found) == 1 else b"") if found else None
@@ -31,6 +31,6 @@ def require_grant(user: ApiUser, *grants: Grant) -> None:
 
 
 def client_address(scope: Scope) -> str:
-    """Return the client's address, the one in front of trusted proxies; empty if the server knows none."""
+    """Return the client's address, as trusted proxies report it; empty if the server knows none."""
     client = scope.get("client")
     return str(client[0]) if client else ""

@@ -1,4 +1,4 @@
-"""Answers: what goes back over the wire, and the one place where an exception becomes one.
+"""Answers: what is sent back over the wire, and the one place that turns an exception into an answer.
 
 Every endpoint's refusals end here, in the shape of contract section 3. This module knows the table of refusals and
 HTTP, not what an endpoint does.
@@ -42,7 +42,7 @@ REFUSAL_CODES = frozenset(refusal.code for refusal in Refusal)
 """The codes of the table: an answer with one of them is a refusal."""
 
 EXPECTED_ERRORS = (Rejected, RateLimitExceeded, StoreUnavailable, HTTPException)
-"""The exceptions that have a refusal of their own; all others are defects, and are answered with 500."""
+"""The exceptions with a refusal of their own; all others are defects and are answered with 500."""
 
 
 class ClientGone(Exception):  # noqa: N818 - not a defect of ours
@@ -59,7 +59,7 @@ def answer_success(body: bytes) -> Answer:
 
 
 def answer_refusal(rejected: Rejected) -> Answer:
-    """Return the table's row for a refusal, with its faults and headers."""
+    """Return the answer for a refusal as the contract's table has it, with its faults and headers."""
     refusal = rejected.refusal
     headers = _JSON
     if refusal.status == 401:  # noqa: PLR2004 - RFC 9110 15.5.2 wants a challenge with it
@@ -122,7 +122,7 @@ def to_rejected(error: Exception) -> Rejected:
 
 
 def answer_error(error: Exception) -> Answer:
-    """Return the answer that an exception means."""
+    """Return the answer to an exception."""
     answer = answer_refusal(to_rejected(error))
     if isinstance(error, HTTPException) and error.headers:
         extra = tuple((name.lower().encode(), value.encode()) for name, value in error.headers.items())
@@ -131,7 +131,7 @@ def answer_error(error: Exception) -> Answer:
 
 
 def to_response(answer: Answer) -> Response:
-    """Return an answer as a FastAPI endpoint returns it."""
+    """Return an answer as the response that a FastAPI endpoint returns."""
     response = Response(answer.body, answer.status)
     response.raw_headers.extend(answer.headers)
     return response

@@ -1,4 +1,4 @@
-"""Reading a request's body: never more of it in memory than the limit allows, never waiting for it for ever."""
+"""Reading a request's body, with a limit on its size in memory and on the time spent waiting for it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -17,9 +17,9 @@ _PLAIN = (b"", b"identity")
 async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, timeout_seconds: float) -> bytes:
     """Return the whole body.
 
-    Raises `Rejected` with 415 where it is encoded, with 413 as soon as it is known to be larger than the limit (by its
-    content-length, or chunk by chunk), with 408 when it is not there in time; and `ClientGone` when the client hangs
-    up.
+    Raises `Rejected` with 415 if it is encoded, with 413 as soon as it is known to be larger than the limit (by its
+    content-length, or chunk by chunk), and with 408 if it does not come in time. Raises `ClientGone` if the client
+    hangs up.
     """
     _check_head(scope, limit_bytes)
     chunks: list[bytes] = []
@@ -44,7 +44,7 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int, timeout
 async def read_chunks(
     scope: Scope, receive: Receive, *, limit_bytes: int, timeout_seconds: float
 ) -> AsyncIterator[bytes]:
-    """Yield a body as it comes in; raises as `read_body`, the time being that between two chunks."""
+    """Yield a body as it comes in; raise as `read_body` does, with the time limit for each chunk by itself."""
     _check_head(scope, limit_bytes)
     size = 0
     more = True
@@ -64,7 +64,7 @@ async def read_chunks(
 
 
 def is_encoded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Say whether a body is compressed, or otherwise not the one that is meant (RFC 9110, section 8.4)."""
+    """Say whether a body is compressed or encoded in some other way (RFC 9110, section 8.4)."""
     return any(name == b"content-encoding" and value.strip().lower() not in _PLAIN for name, value in headers)
 
 
@@ -78,7 +78,7 @@ def _check_head(scope: Scope, limit_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BodyLine:
-    """A line's number, and its text; None where it was too long to be kept."""
+    """A line's number and its text, which is None if the line was too long to be kept."""
 
     number: int
     text: bytes | None
@@ -91,15 +91,15 @@ async def split_lines(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIt
         for start in range(0, len(chunk), _CHUNK_BYTES):
             for line in splitter.feed(chunk[start : start + _CHUNK_BYTES]):
                 yield line
-            await asyncio.sleep(0)  # lines may all be blank
+            await asyncio.sleep(0)  # even if all lines are blank and none is yielded
     for line in splitter.feed(b"\n"):
         yield line
 
 
 class LineSplitter:
-    """Cuts chunks into numbered lines; blank ones count and are left out, too long ones lose their text.
+    """Cuts chunks into numbered lines; blank ones are counted but left out; too long ones lose their text.
 
-    A byte order mark before the first is no part of it.
+    A byte order mark before the first line is dropped.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -109,7 +109,7 @@ class LineSplitter:
         self._rest_size = 0
 
     def feed(self, chunk: bytes) -> Iterator[BodyLine]:
-        """Yield the lines that this chunk ends."""
+        """Yield the lines that end within this chunk."""
         first, *others = chunk.split(b"\n")
         self._keep(first)
         for other in others:

@@ -1,9 +1,9 @@
-"""Many updates in one request: what a dialer that was cut off, or a program that moves a campaign, sends.
+"""Many updates in one request, for a dialer that was cut off or a program that moves a campaign.
 
 The body is NDJSON, one update of the contract on each line; the answer is NDJSON, the contract's answer to each line in
-order, with its number. A line goes the way of a single update, from the throttle on: the same rules, the same group
-commit, the same promise. Lines are taken as they stream in; the answers are sent once the body is read, for a client
-that sends before it listens would otherwise wait for us as we for it.
+order, with its number. From the throttle on, a line is handled like a single update: the same rules, the same group
+commit, the same promise. Lines are handled as they stream in, but answers are sent only once the whole body is read:
+with a client that sends everything before it reads, each side would otherwise wait for the other.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from voicetx.services import Services
 BULK_PATH = "/api/v1/updates"
 
 _NDJSON = ((b"content-type", b"application/x-ndjson"),)
-_LINES_A_TURN = 64  # then others have theirs: single updates must not wait for a whole chunk
+_LINES_A_TURN = 64  # then other requests have theirs: single updates must not wait for a whole chunk
 _TURNS_AHEAD = 8
 
 router = APIRouter(tags=["Updates"])
@@ -55,7 +55,7 @@ async def update_transactions(call: Call) -> Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A line whose answer is a commit away."""
+    """A line whose update waits for its commit."""
 
     number: int
     transaction_id: str
@@ -63,14 +63,14 @@ class _Pending:
 
 
 async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: Receive) -> Answer:
-    """Record every line of a body and answer each; `Rejected` (415, 413, 408) and `ClientGone` come before any answer.
+    """Record every line of a body and answer each; raise `Rejected` (415, 413, 408) or `ClientGone` before any answer.
 
-    What was recorded before a body turned out too large, too slow or cut off stays recorded; a repeat is recognised.
+    Lines recorded before a body turned out to be too large, too slow or cut off stay recorded; a repeat is recognised.
     """
     settings = services.settings
     answers: list[bytes | _Pending] = []
     unfinished: list[_Pending] = []
-    codes: set[int] = set()  # of lines that are refused
+    codes: set[int] = set()  # of the lines that are refused
     chunks = read_chunks(
         scope, receive, limit_bytes=settings.bulk_limit_bytes, timeout_seconds=settings.body_timeout_seconds
     )
@@ -97,7 +97,7 @@ async def answer_bulk(services: Services, user: ApiUser, scope: Scope, receive: 
 
 
 async def _wait_for(lines: Iterable[_Pending]) -> None:
-    # One by one: they are committed in their order, so most are done by the time that they are looked at.
+    # One by one: they are committed in order, so most are done by the time their turn comes.
     for pending in lines:
         if not pending.outcome.done():
             await asyncio.wait([pending.outcome])

@@ -1,7 +1,7 @@
 """Deployments, for the programs of the platform: make them, register their transactions, and read their numbers.
 
-How a deployment is made is `voicetx.campaigns.deployments`, what its numbers are `voicetx.reading.reports`; here is
-only what they look like over HTTP. Its transactions themselves: `voicetx.api.listings`.
+Only the HTTP is here: `voicetx.campaigns.deployments` makes deployments, `voicetx.reading.reports` finds their numbers,
+and `voicetx.api.listings` lists their transactions.
 """
 
 import codecs
@@ -68,8 +68,8 @@ from voicetx.times import format_time
 
 router = APIRouter(tags=["Deployments"])
 
-_LONGEST_MARK = 4  # bytes, by which an encoding is known
-_LINES_AT_ONCE = 1_000  # in a database transaction: updates wait for no more
+_LONGEST_MARK = 4  # bytes, from which the encoding is told
+_LINES_AT_ONCE = 1_000  # in one database transaction, so that updates do not wait for a longer one
 _MOST_FAULTS = 100
 _NDJSON_TYPES = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl", "application/json"})
 
@@ -113,7 +113,7 @@ class Mint(Asked):
 
 
 class ReportQuery(Asked):
-    """How a report is wanted."""
+    """In which time zone a report is shown."""
 
     time_zone: Annotated[
         TimeZone | None, Field(description="an IANA time zone name such as Europe/Berlin or UTC", examples=["UTC"])
@@ -140,7 +140,7 @@ async def create(call: Call) -> Answer:
 
     try:
         made = await call.services.store.write(work)
-    except (DeploymentTaken, ValueRefused):  # the latter where another call was faster by a moment
+    except (DeploymentTaken, ValueRefused):  # the latter if another call made it a moment earlier
         raise Rejected(Refusal.BAD_VALUE, [Fault("deployment", "must not be the id of another deployment")]) from None
     return await answer_json(lambda: _describe(made), 201)
 
@@ -186,7 +186,7 @@ async def show(call: Call) -> Answer:
 )
 @for_users(Grant.TRANSACTIONS_READ)
 async def report(call: Call) -> Answer:
-    """Answer with a deployment's numbers, all that was acknowledged until now among them.
+    """Answer with a deployment's numbers, which include every update acknowledged so far.
 
     Times are in the API user's time zone, or in the one that is asked for. How each number is defined: docs/reports.md.
     Without the grant transactions:read-personal key presses are rounded down to fives.
@@ -231,10 +231,10 @@ async def mint(call: Call) -> Answer:
 async def load(call: Call) -> Answer:
     """Register the transactions that lines name: NDJSON with a transaction-id in each, or CSV whose header names it.
 
-    A CSV may have commas, semicolons or tabs, and a first line such as `sep=;`; text is UTF-8, or UTF-16 with its mark.
-    Which of them it is, the content-type says, or else the first line. Bad lines are named, at most 100 of them, and
-    the rest is loaded; an id that another deployment has stays there. May be repeated, also after an answer that says
-    that the body is too large or the store away: what was loaded by then stays.
+    A CSV may have commas, semicolons or tabs, and a first line such as `sep=;`; text is UTF-8, or UTF-16 with a byte
+    order mark. The content-type, or else the first line, decides between NDJSON and CSV. Bad lines are listed, at most
+    100 of them, and the rest is loaded; an id that another deployment has stays there. The request may be repeated,
+    even after an answer that the body is too large or the store is away: what was loaded by then stays.
     """
     deployment_id = call.deployment_id
     await require_deployment(call)
@@ -252,7 +252,7 @@ async def load(call: Call) -> Answer:
 
 
 async def _load(call: Call, deployment_id: str) -> tuple[Loading, list[IdLine]]:
-    """Register what a body's lines name; return the counts, and the first lines at fault."""
+    """Register the transactions that a body's lines name; return the counts, and the first lines at fault."""
     settings = call.services.settings
     chunks = read_chunks(
         call.request.scope,
@@ -284,7 +284,7 @@ async def _load(call: Call, deployment_id: str) -> tuple[Loading, list[IdLine]]:
 
 
 async def _read_as_utf8(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield a body as it comes in, in UTF-8 also where its mark says that it is UTF-16."""
+    """Yield a body as it comes in, converted to UTF-8 if its byte order mark says that it is UTF-16."""
     start = b""
     async for chunk in chunks:
         start += chunk
@@ -315,7 +315,7 @@ def _refusing_unreadable() -> Iterator[None]:
 
 
 async def _register(call: Call, deployment_id: str, loading: Loading) -> list[IdLine]:
-    """Register what waits, all of it in one transaction; return the lines at fault."""
+    """Register all ids that wait, in one transaction; return the lines at fault."""
     elsewhere: set[str] = set()
     if ids := loading.ids:
         work = partial(register_transactions, deployment_id=deployment_id, ids=ids)
@@ -336,7 +336,7 @@ def _choose_format(call: Call, first_line: str) -> FileFormat:
 
 
 async def require_deployment(call: Call) -> None:
-    """Raise `Rejected` (404) where there is no such deployment as the path names."""
+    """Raise `Rejected` (404) if there is no deployment of the id in the path."""
     if not await call.services.store.read(partial(is_there, deployment_id=call.deployment_id)):
         raise Rejected(Refusal.NOT_FOUND)
 

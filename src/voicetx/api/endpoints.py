@@ -1,9 +1,9 @@
-"""The one way of an endpoint for programs: who asks, may they, how often, what do they ask; then their answer.
+"""The steps that all endpoints for programs share: credential, grant, throttle, reading the request, answering.
 
-Every endpoint under `/api/v1/` takes these steps in the order of contract section 3, ends in an answer of its table,
-and leaves in the log who asked. What is asked for is read here into a model, whose fields carry their rules in the
-words in which they are refused. The update endpoint takes the same steps by itself, for it has to be faster. Knows no
-endpoint.
+Every endpoint under `/api/v1/` takes these steps in the order of contract section 3, gives an answer of its table, and
+notes for the log who asked. The request is read into a model; the description of each field is its rule, in the words
+in which a wrong value is refused. The update endpoint takes the same steps in code of its own, which has to be faster.
+Knows no endpoint.
 """
 
 import asyncio
@@ -35,13 +35,13 @@ from voicetx.services import Services
 DEPLOYMENTS_PATH = "/api/v1/deployments"
 DEPLOYMENT_PATH = DEPLOYMENTS_PATH + "/{deployment_id}"
 
-_BULKS_AT_ONCE = 4  # of an API user in a process
+_BULKS_AT_ONCE = 4  # for each API user in each process
 _NO_STORE = (b"cache-control", b"no-store")
 _JSON: Headers = ((b"content-type", b"application/json"), _NO_STORE)
 _NDJSON: Headers = ((b"content-type", b"application/x-ndjson"), _NO_STORE)
 _DIGITS = re.compile("[0-9]{1,9}")
 
-# One thread: with more of them at the interpreter, updates would wait for their turn behind each.
+# A single thread: with more, updates would wait for the interpreter behind each of them.
 _ASIDE = ThreadPoolExecutor(1, "voicetx-aside")
 
 _OF_ANOTHER_TYPE = {"string_type": "must be a string", "int_type": "must be a whole number"}
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request whose API user is let in."""
+    """A request whose API user has signed in."""
 
     services: Services
     user: ApiUser
@@ -60,14 +60,14 @@ class Call:
 
     @property
     def is_masked(self) -> bool:
-        """Whether the user may not see what is personal."""
+        """Whether personal data is masked for this user."""
         return Grant.TRANSACTIONS_READ_PERSONAL not in self.user.grants
 
     @property
     def deployment_id(self) -> str:
-        """The deployment that the path names; what no deployment can be called is not found."""
+        """The deployment that the path names; an id that no deployment can have is not found (404)."""
         deployment_id = unquote(self.request.path_params["deployment_id"])
-        # Nothing else was ever made, and a database may not take it.
+        # No deployment has any other kind of id, and a database may refuse the text.
         if not is_id(deployment_id):
             raise Rejected(Refusal.NOT_FOUND)
         return deployment_id
@@ -78,9 +78,9 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def for_users(*grants: Grant, is_throttled: bool = True) -> Callable[[AnswerCall], Endpoint]:
-    """Make an endpoint of a function that answers API users who hold one of the grants.
+    """Turn a function into an endpoint for API users who hold one of the grants.
 
-    Whatever the function raises becomes its answer. Who says `is_throttled=False` counts calls by itself.
+    Any exception of the function becomes an answer. With `is_throttled=False` the function asks the throttle itself.
     """
 
     def make(answer_call: AnswerCall) -> Endpoint:
@@ -105,7 +105,7 @@ def for_users(*grants: Grant, is_throttled: bool = True) -> Callable[[AnswerCall
             note_for_log(request.scope, code=answer.code, user=user)
             return to_response(answer)
 
-        # What the OpenAPI document says of it; not by functools.wraps, which would give FastAPI the other signature.
+        # For the OpenAPI document. functools.wraps would give FastAPI the wrong signature.
         endpoint.__name__, endpoint.__doc__ = answer_call.__name__, answer_call.__doc__
         return endpoint
 
@@ -113,7 +113,7 @@ def for_users(*grants: Grant, is_throttled: bool = True) -> Callable[[AnswerCall
 
 
 async def sign_in_again(call: Call, grant: Grant) -> Call:
-    """Return the call with its user as it is now; raises `Rejected` where it is no longer let in."""
+    """Return the call with its user as it is now; raise `Rejected` if the user no longer has access."""
     user = await sign_in(call.services, call.request.scope)
     require_grant(user, grant)
     return replace(call, user=user)
@@ -121,7 +121,7 @@ async def sign_in_again(call: Call, grant: Grant) -> Call:
 
 @contextmanager
 def take_place(call: Call) -> Iterator[None]:
-    """Raise `Rejected` (429) where a user has as many requests of many lines under way as it may."""
+    """Take one of a user's places for requests of many lines; raise `Rejected` (429) if all are taken."""
     bulks = call.services.bulks
     if bulks[call.user.api_key_id] >= _BULKS_AT_ONCE:
         metrics.THROTTLED.inc()
@@ -134,17 +134,17 @@ def take_place(call: Call) -> Iterator[None]:
 
 
 async def answer_json(describe: Callable[[], Any], status: int = 200) -> Answer:
-    """Return an answer in JSON, which nobody may keep; made in a thread, so that no update waits for a long one."""
+    """Return an answer in JSON that must not be cached; a thread makes it, so that no update waits for a long one."""
     return Answer(status, status, await make_aside(lambda: orjson.dumps(describe())), _JSON)
 
 
 async def make_aside(make: Callable[[], T]) -> T:
-    """Run what may take long in the one thread there is for that, one after the other."""
+    """Run a function that may take long in the one thread for such work, one after the other."""
     return await asyncio.get_running_loop().run_in_executor(_ASIDE, make)
 
 
 def answer_lines(body: bytes) -> Answer:
-    """Return an answer in NDJSON, which nobody may keep."""
+    """Return an answer in NDJSON that must not be cached."""
     return Answer(200, 200, body, _NDJSON)
 
 
@@ -155,7 +155,7 @@ class Asked(BaseModel):
 
 
 async def read_json(call: Call, limit_bytes: int) -> Any:
-    """Return what the body holds as JSON; raises `Rejected` (415, 413, 408, 1001) and `ClientGone`."""
+    """Return the body's content, read as JSON; raises `Rejected` (415, 413, 408, 1001) and `ClientGone`."""
     body = await read_body(
         call.request.scope,
         call.request.receive,
@@ -166,9 +166,9 @@ async def read_json(call: Call, limit_bytes: int) -> Any:
 
 
 async def read_object(call: Call, model: type[Model]) -> Model:
-    """Return what the body, a JSON object, asks for; raises `Rejected` (413, 408, 1001, 1002, 499) and `ClientGone`.
+    """Return the body, a JSON object, as a model; raises `Rejected` (413, 408, 1001, 1002, 499) and `ClientGone`.
 
-    As in contract section 2, texts are trimmed, and what is null or then empty is not given.
+    As in contract section 2, texts are trimmed, and a field that is null, or empty after that, counts as not given.
     """
     raw = await read_json(call, call.services.settings.body_limit_bytes)
     if not isinstance(raw, dict):
@@ -178,7 +178,7 @@ async def read_object(call: Call, model: type[Model]) -> Model:
 
 
 def read_query(call: Call, model: type[Model]) -> Model:
-    """Return what the query asks for; raises `Rejected` (499) that names every parameter at fault."""
+    """Return the query as a model; raises `Rejected` (499), which names every parameter at fault."""
     pairs = parse_qsl(call.request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
     times = Counter(name for name, _ in pairs)
     repeated = [Fault(name, "must not be given more than once") for name, count in times.items() if count > 1]
@@ -188,7 +188,7 @@ def read_query(call: Call, model: type[Model]) -> Model:
 
 
 def read_number(text: str) -> int:
-    """Return the whole number that a query's text is; raises ValueError, which its rule answers, for another text."""
+    """Return the whole number in a query's text; raises ValueError for other text, which is answered with the rule."""
     if _DIGITS.fullmatch(text) is None:
         raise ValueError("not a number")
     return int(text)
@@ -219,13 +219,13 @@ def _validate(model: type[Model], given: Mapping[str, Any], *, strict: bool) -> 
 
 
 class RawPath:
-    """Has what is asked of a deployment routed by the path as it was sent: a slash in an id (%2F) ends nothing."""
+    """Routes requests for a deployment by the path as it was sent, so that an id may contain a slash (%2F)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's scope, as ASGI has it."""
+        """Serve one scope, as ASGI defines it."""
         if scope["type"] == "http":
             path = scope.get("raw_path", b"").decode("latin-1")
             if path.startswith(f"{DEPLOYMENTS_PATH}/"):

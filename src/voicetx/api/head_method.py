@@ -1,8 +1,8 @@
-"""HEAD: wherever there is GET, its answer without the content (RFC 9110, section 9.3.2).
+"""HEAD: on every path with GET, the answer to GET without its content (RFC 9110, section 9.3.2).
 
-Proxies and other watchers ask so whether a service is alive. The application is asked for what GET would get, so no
-endpoint need know of it, and a path without GET refuses both alike (405). Of an answer that is sent in pieces nothing
-is made after the first one.
+Proxies and monitoring use it to ask whether a service is alive. The application is asked for GET, so no endpoint need
+know of HEAD, and a path without GET refuses both in the same way (405). Of an answer that is sent in pieces, none is
+made after the first one.
 """
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +15,7 @@ class HeadMethod:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's scope, as ASGI has it."""
+        """Serve one scope, as ASGI defines it."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
@@ -37,5 +37,5 @@ class HeadMethod:
         try:
             await self._app(asked, receive_until_complete, send_head)
         finally:
-            # What was found out on the way is for the log.
+            # The application left what it found out in the scope, for the log.
             scope.update(asked, method="HEAD")

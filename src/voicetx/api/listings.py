@@ -1,8 +1,8 @@
 """The transactions of a deployment: lists in pages, those whose outcome is missing, and exports of any length.
 
-What is personal is masked for who has not the grant for it. A page is a read of its own, so that nobody who reads
-slowly keeps a database transaction open, and an export of a million rows holds one page of them. What is in a page:
-`voicetx.reading.listings`; what it looks like: `voicetx.reading.exports`.
+Personal data is masked for users without the grant for it. Each page is read by itself, so that a slow client keeps no
+database transaction open, and an export of a million rows has one page of them in memory. `voicetx.reading.listings`
+reads a page; `voicetx.reading.exports` writes it as CSV or NDJSON.
 """
 
 import re
@@ -95,7 +95,7 @@ class FilterQuery(_Listed):
     ] = None
 
     def to_filters(self) -> Filters:
-        """Return what is wanted in the words of the lists."""
+        """Return these conditions as the filters that the lists take."""
         return Filters(
             call_state=self.call_state,
             drop_code=self.drop_code,
@@ -114,7 +114,7 @@ class ListQuery(FilterQuery):
 
 
 class MissingQuery(_Listed):
-    """For how long nothing was heard, and which page is wanted."""
+    """For how long nothing was reported, and which page is wanted."""
 
     older_than_minutes: Annotated[
         int,
@@ -126,7 +126,7 @@ class MissingQuery(_Listed):
 
 
 class ExportQuery(FilterQuery):
-    """Which transactions are wanted, and how."""
+    """Which transactions are wanted, and in which format."""
 
     format: Annotated[Literal["csv", "ndjson"] | None, Field(description="csv or ndjson", examples=["csv"])] = None
 
@@ -143,9 +143,9 @@ async def list_page(call: Call) -> Answer:
     """List a deployment's transactions, in the order of their ids, page by page.
 
     Ask again with `after`, the `next` of the page before, until that is null: nothing is shown twice or left out while
-    updates come in. A page may be short of rows, or have none, and have a `next`: rare things take some looking.
-    To follow changes, take `complete_until` of the first page as the next walk's `updated-since`: a few transactions
-    come again, and none is missed. Without the grant transactions:read-personal what is personal is masked.
+    updates come in. A page may have few rows, or none, and still have a `next`, if the filters match few
+    transactions. To follow changes, take `complete_until` of the first page as the next walk's `updated-since`: a few
+    transactions come again, and none is missed. Without the grant transactions:read-personal personal data is masked.
     """
     asked = read_query(call, ListQuery)
     is_first = asked.after is None
@@ -164,7 +164,7 @@ async def list_page(call: Call) -> Answer:
 async def list_missing(call: Call) -> Answer:
     """List the transactions that were never reported, or whose report leaves open how the call ended, page by page.
 
-    Of none of them was anything heard for so many minutes: a list to send back to the dialer.
+    Only those about which nothing came in for so many minutes are listed: a list to send back to the dialer.
     """
     asked = read_query(call, MissingQuery)
     filters = match_missing(asked.older_than_minutes * _MINUTE_MS)
@@ -182,10 +182,10 @@ async def list_missing(call: Call) -> Answer:
 async def export(call: Call) -> StreamingResponse:
     """Stream a deployment's transactions, in the order of their ids, as CSV (RFC 4180) or NDJSON.
 
-    What a spreadsheet would take for a formula has an apostrophe before it in the CSV, phone numbers with a plus among
-    them: programs are better off with NDJSON. What can't be sent whole ends with the connection cut. To follow changes,
-    take the header x-voicetx-complete-until as the next export's `updated-since`. Without the grant
-    transactions:read-personal what is personal is masked.
+    In the CSV, a value that a spreadsheet would take for a formula, such as a phone number with a plus, has an
+    apostrophe before it: programs are better off with NDJSON. An export that can't be completed ends with a cut
+    connection. To follow changes, take the header x-voicetx-complete-until as the next export's `updated-since`.
+    Without the grant transactions:read-personal personal data is masked.
     """
     asked = read_query(call, ExportQuery)
     export_format = ExportFormat(asked.format) if asked.format is not None else _choose_format(call)
@@ -215,7 +215,7 @@ async def _stream(
         if page.next is None:
             return
         head = b""
-        # It may take long, and what is taken away from a user is taken away at once.
+        # An export may take long, and a grant that is taken away has to end at once.
         call = await sign_in_again(call, Grant.TRANSACTIONS_READ)
         page = await _read_page(call, deployment_id, filters, page.next, _ROWS_A_PAGE)
 
@@ -229,7 +229,7 @@ def _show(call: Call, row: ListedTransaction) -> ListedTransaction:
 
 
 async def _find_complete_until(call: Call) -> str:
-    """Return up to which instant what is read from now on is complete."""
+    """Return the instant up to which everything read from now on is complete."""
     store = call.services.store
     return format_time(await store.read(partial(find_complete_until, settle_seconds=store.settle_seconds)))
 

@@ -1,7 +1,7 @@
-"""What the OpenAPI document says of requests and answers beyond what FastAPI reads off the code.
+"""What the OpenAPI document says of requests and answers beyond what FastAPI finds out from the code.
 
-The update endpoint takes its bytes as they come, so its body's models and every answer of the table are described here,
-from the same models and the same table that the code runs on. Nothing here runs while a request is answered.
+The update endpoint reads its body itself, so its body's models and every answer of the table are described here, from
+the same models and the same table that the code runs on. Nothing here runs while a request is answered.
 """
 
 from collections.abc import Mapping
@@ -123,7 +123,7 @@ def describe_answers(
 ) -> dict[int | str, dict[str, Any]]:
     """Return OpenAPI's `responses` for these refusals: by HTTP status, each code with its example.
 
-    `when` says of an endpoint's own refusals when they come; the others come when an update's do.
+    `when` says when an endpoint gives its own refusals; it gives the others when the update endpoint does.
     """
     responses: dict[int | str, dict[str, Any]] = {}
     for refusal in refusals:
@@ -236,7 +236,7 @@ UPDATE_REQUEST: dict[str, Any] = {
         },
     },
 }
-"""The part of an operation that FastAPI cannot know of a route that reads its own bytes."""
+"""The part of an operation that FastAPI cannot find out, because the route reads the body itself."""
 
 
 BULK_REQUEST: dict[str, Any] = {
@@ -251,7 +251,7 @@ BULK_REQUEST: dict[str, Any] = {
         },
     },
 }
-"""The same of the endpoint for many updates."""
+"""The same for the endpoint for many updates."""
 
 
 TRANSACTION_REQUEST: dict[str, Any] = {
@@ -267,11 +267,11 @@ TRANSACTION_REQUEST: dict[str, Any] = {
         }
     ],
 }
-"""The same of the endpoint that shows a transaction."""
+"""The same for the endpoint that shows a transaction."""
 
 
 def complete_openapi(app: FastAPI) -> None:
-    """Add the update bodies and the ways to sign in to what the application's OpenAPI document holds."""
+    """Add the update bodies and the ways to sign in to the application's OpenAPI document."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

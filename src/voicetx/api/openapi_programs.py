@@ -1,6 +1,6 @@
-"""What the OpenAPI document says of the endpoints for programs: what they are asked, and which answers they give.
+"""What the OpenAPI document says of the endpoints for programs: their parameters, their bodies and their answers.
 
-Parameters and bodies are described from the models that judge them (`voicetx.api.endpoints.Asked`). Nothing here runs
+Parameters and bodies are described from the models that check them (`voicetx.api.endpoints.Asked`). Nothing here runs
 while a request is answered.
 """
 
@@ -44,14 +44,14 @@ _DEPLOYMENT_ID = {
     "example": "demo",
 }
 COMPLETE_UNTIL_HEADER = "x-voicetx-complete-until"
-"""Of an export's answer: the instant up to which it misses no change."""
+"""The header of an export's answer with the instant up to which it misses no change."""
 
 _NOT_OF_A_SCHEMA = frozenset({"title", "description", "examples", "default"})
 _TRANSACTION_ID = TypeAdapter(TransactionId).json_schema()
 
 
 def describe_found(model: type[BaseModel], *others: Refusal, of_a_deployment: bool = False) -> dict[int | str, Any]:
-    """Return OpenAPI's `responses` of an endpoint that answers with such a model, and the refusals that all have."""
+    """Return OpenAPI's `responses` of an endpoint that answers with this model, and the refusals that all have."""
     responses = _describe_refusals(*others, of_a_deployment=of_a_deployment)
     responses[200] = {"model": model, "description": model.__doc__}
     return responses
@@ -128,7 +128,7 @@ LOAD_REQUEST: dict[str, Any] = {
         },
     },
 }
-"""The part of the operation of loading that FastAPI cannot know."""
+"""The part of the operation that loads transactions which FastAPI cannot find out."""
 
 
 RECEIPTS_REQUEST: dict[str, Any] = {
@@ -163,11 +163,11 @@ RECEIPTS_REQUEST: dict[str, Any] = {
         },
     },
 }
-"""The part of the operation of receipts that FastAPI cannot know."""
+"""The part of the operation for receipts which FastAPI cannot find out."""
 
 
 def describe_query(model: type[Asked], *, of_a_deployment: bool = False) -> dict[str, Any]:
-    """Return the part of an operation that FastAPI cannot know: how to sign in, and the parameters."""
+    """Return the part of an operation that FastAPI cannot find out: how to sign in, and the parameters."""
     properties = model.model_json_schema()["properties"] if model.model_fields else {}
     parameters = [_describe_parameter(name, shown) for name, shown in properties.items()]
     return {
@@ -177,7 +177,7 @@ def describe_query(model: type[Asked], *, of_a_deployment: bool = False) -> dict
 
 
 def describe_body(model: type[Asked], *, of_a_deployment: bool = False) -> dict[str, Any]:
-    """Return the same of an operation whose body is a JSON object."""
+    """Return the same for an operation whose body is a JSON object."""
     schema = model.model_json_schema()
     example = {name: field["examples"][0] for name, field in schema["properties"].items()}
     return {
@@ -188,7 +188,7 @@ def describe_body(model: type[Asked], *, of_a_deployment: bool = False) -> dict[
 
 
 def _describe_parameter(name: str, shown: dict[str, Any]) -> dict[str, Any]:
-    # Whoever leaves it out leaves it out: there is no null in a query.
+    # A parameter may be left out, but it can't be null: a query has no null.
     kind = next((kind for kind in shown.get("anyOf", ()) if kind.get("type") != "null"), shown)
     schema = {key: value for key, value in kind.items() if key not in _NOT_OF_A_SCHEMA}
     parameter = {"name": name, "in": "query", "required": False, "description": shown["description"], "schema": schema}

@@ -1,6 +1,6 @@
-"""What those who operate the service ask it: is the process alive, is it ready for calls, what has it been doing.
+"""The endpoints for those who operate the service: whether it is alive, ready for updates, and what it did.
 
-No endpoint here needs a credential, and none says anything of a person, a transaction or an API user.
+None of them needs a credential, and none tells anything about a person, a transaction or an API user.
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ router = APIRouter(tags=["Operations"])
 
 
 class Health(BaseModel):
-    """The process lives."""
+    """The process is alive."""
 
     status: str
 
@@ -39,7 +39,7 @@ class Readiness(BaseModel):
 
 @router.get("/healthz", summary="Is the process alive?")
 async def check_health() -> Health:
-    """Answer at all: nothing else is asked."""
+    """Answer 200 as long as the process can answer; nothing else is checked."""
     return Health(status="ok")
 
 
@@ -50,9 +50,9 @@ async def check_health() -> Health:
     responses={503: {"model": Readiness, "description": "not ready; the answer says which condition fails"}},
 )
 async def check_readiness(request: Request) -> Response:
-    """Answer 200 where an update could be written: to the database, at this release's schema, by the committer.
+    """Answer 200 if updates can be recorded, otherwise 503 with the condition that fails.
 
-    Else 503, with what is in the way.
+    The database has to be writable and at this release's schema, and the committer has to run.
     """
     services: Services = request.app.state.services
     database = await describe_database(services.store)
@@ -69,7 +69,7 @@ async def check_readiness(request: Request) -> Response:
     responses={200: {"description": "every figure, of all processes together, in Prometheus' text format"}},
 )
 async def show_metrics() -> Response:
-    """Answer with counts and times only: nothing in them names a person, a transaction or an API user."""
+    """Answer with counts and times only; none of them names a person, a transaction or an API user."""
     return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,8 +1,8 @@
-"""What a browser may do with the pages that the service shows: no more than they need (docs/security.md).
+"""What a browser may do with the service's pages: no more than they need (docs/security.md).
 
-A page runs its own scripts and talks to its own service, is shown in nobody's frame and tells nobody where it was. The
-scripts that stand in a page are allowed by their digest: nothing that a client sends gets into one, so they are ours.
-What holds a page and what is in it this module does not know. HSTS is the business of the proxy, which does TLS.
+A page may run its own scripts and talk to its own service; it is shown in no other site's frame, and sends no referrer.
+Scripts within a page are allowed by their digest: nothing that a client sends gets into a script, so they are all ours.
+HSTS is left to the proxy, which does TLS.
 """
 
 import base64
@@ -12,7 +12,7 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
-# Swagger UI and ReDoc write styles into their elements; ReDoc searches in a worker of its own making.
+# Swagger UI and ReDoc write styles into their elements; ReDoc searches in a worker that it creates.
 _POLICY = (
     "default-src 'none'; script-src 'self'{digests}; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
     " font-src 'self' data:; connect-src 'self'; worker-src blob:; base-uri 'none'; form-action 'self';"
@@ -21,13 +21,13 @@ _POLICY = (
 
 
 class PageGuard:
-    """Adds to pages, and to what is loaded by them, what keeps a browser from doing harm with them."""
+    """Adds security headers to pages and to the files that they load."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's scope, as ASGI has it."""
+        """Serve one scope, as ASGI defines it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -40,7 +40,7 @@ class PageGuard:
                 if not kind.startswith(b"application/json"):
                     message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
                 if kind.startswith(b"text/html"):
-                    held = message  # its policy depends on its text
+                    held = message  # the policy depends on the page's text
                     return
             elif held is not None:
                 start, held = held, None

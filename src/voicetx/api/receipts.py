@@ -1,7 +1,7 @@
-"""Receipts: which of the updates that a dialer sent are on disk, for one that was cut off and does not know.
+"""Receipts: they tell a dialer that was cut off which of its updates are on disk.
 
-Answered from what is committed, never from what is under way. Knows HTTP; what is held, `voicetx.reading.listings`
-says.
+Only committed updates count, never those under way. This module knows HTTP; `voicetx.reading.listings` looks up the
+updates.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ from voicetx.reading.listings import Receipt, find_receipts
 RECEIPTS_PATH = "/api/v1/receipts"
 
 MOST_RECEIPTS = 10_000
-"""How many are given at once."""
+"""How many one request may ask for."""
 
 _MOST_BYTES = 512 * MOST_RECEIPTS
-_AT_ONCE = 500  # looked at, and looked up: then others have their turn
+_AT_ONCE = 500  # are checked or looked up at a time, then other requests have their turn
 _MOST_FAULTS = 100
 _RULE = "must be a transaction id, or an object with a transaction-id and a digest of 32 hexadecimal digits"
 
@@ -49,9 +49,9 @@ router = APIRouter(tags=["Updates"])
 async def answer_receipts(call: Call) -> Answer:
     """Send up to 10,000 transaction ids, each alone or with the digest of an update, and learn which are on disk.
 
-    For a dialer that was cut off: what is not held it sends again. An id that nobody registered is no fault. How a
-    digest is made: docs/contract.md, section 5. Asking with digests needs transactions:update, or
-    transactions:read-personal: by trying digests one would learn the numbers that are masked elsewhere.
+    For a dialer that was cut off: it sends again what is not held. An id that nobody registered is no fault. To make a
+    digest, see docs/contract.md, section 5. Asking with digests needs transactions:update or
+    transactions:read-personal, since trying digests could reveal the numbers that are masked elsewhere.
     """
     raw = await read_json(call, min(call.services.settings.bulk_limit_bytes, _MOST_BYTES))
     if not isinstance(raw, list):
@@ -79,7 +79,7 @@ async def answer_receipts(call: Call) -> Answer:
 
 
 def _read_item(item: Any) -> tuple[str, bytes | None] | None:
-    """Return what an item asks for, or None for one that breaks the rule."""
+    """Return the id and digest that an item asks for, or None if it breaks the rule."""
     digest = None
     if isinstance(item, dict):
         if item.keys() - {"transaction-id", "digest"}:

@@ -36,7 +36,7 @@ _log = structlog.get_logger(__name__)
 
 
 def choose_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the request's own `x-request-id` where it is a sane one, else a new one."""
+    """Return the request's own `x-request-id` if it is well-formed, otherwise a new one."""
     for name, value in headers:
         if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
             return value
@@ -63,7 +63,7 @@ class Ended(NamedTuple):
 
 
 def log_requests(requests: Sequence[Ended]) -> None:
-    """Write the one log line of each request and count it, all of them as ended now."""
+    """Write the one log line of each request, and count it; all of them end now."""
     now = time.perf_counter()
     answered: dict[tuple[str, int], list[float]] = {}
     lines: list[dict[str, Any]] = []
@@ -95,7 +95,7 @@ def log_requests(requests: Sequence[Ended]) -> None:
 
 @lru_cache(maxsize=4096)
 def _find_counters(path: str, code: int) -> tuple[Counter, metrics.Durations]:
-    # Paths are those of routes, as declared, and codes those of the table: there are few of either.
+    # There are few paths and codes: paths as the routes declare them, and the codes of the table.
     return metrics.ANSWERS.labels(path, code), metrics.ANSWER_SECONDS.labels(path)
 
 
@@ -106,7 +106,7 @@ class RequestLog:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's scope, as ASGI has it."""
+        """Serve one scope, as ASGI defines it."""
         if scope["type"] != "http":
             await self._app(scope, receive, _without_traceback(send))
             return
@@ -128,7 +128,7 @@ class RequestLog:
             pass
         except Exception as error:
             is_begun = status is not None
-            # What has a handler comes wrapped where it comes too late for it.
+            # An exception that has a handler arrives wrapped if the answer had begun, too late for the handler.
             foreseen = error.__cause__ if is_begun and isinstance(error.__cause__, EXPECTED_ERRORS) else None
             answer = answer_error(foreseen or error)
             _, user = scope.get("state", {}).get(_LOG_NOTE, (None, None))
@@ -146,13 +146,13 @@ class RequestLog:
 
 def _log_answer(scope: Scope, request_id: bytes, started: float, status: int | None) -> None:
     code, user = scope.get("state", {}).get(_LOG_NOTE, (status, None))
-    # The path as it was declared: what a client put in it may be personal.
+    # The path as declared: the part that a client filled in may be personal.
     path = getattr(scope.get("route"), "path", "unknown")
     log_requests([Ended(scope["method"], path, request_id, started, code, user)])
 
 
 def _without_traceback(send: Send) -> Send:
-    """Keep the text of what failed at start or end, which may quote a setting, out of the server's log."""
+    """Keep an error's text at startup or shutdown out of the server's log: it may quote a setting."""
 
     async def send_kinds_only(message: Message) -> None:
         if message["type"].endswith(".failed"):

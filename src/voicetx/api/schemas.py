@@ -1,7 +1,7 @@
-"""What endpoints answer, as models: the schemas of the OpenAPI document.
+"""The endpoints' answers as models, from which the schemas of the OpenAPI document are made.
 
-Answers are made by functions that describe what they show (`voicetx.reading`), and not from these models, so nothing
-here runs while a request is answered. Tests compare answers with this document.
+The answers themselves are made by functions in `voicetx.reading`, not from these models, so nothing here runs while a
+request is answered. Tests compare answers with this document.
 """
 
 from typing import Any

@@ -49,7 +49,7 @@ _CODES: dict[Refusal, str] = {
 
 
 class TokenRefused(Rejected):
-    """A refusal that has a code of RFC 6749, section 5.2 of its own."""
+    """A refusal with its own code of RFC 6749, section 5.2."""
 
     def __init__(self, error: str, refusal: Refusal, description: str) -> None:
         super().__init__(refusal)
@@ -160,7 +160,7 @@ async def create_access_token(request: Request) -> Response:
 
 
 async def answer_token(services: Services, scope: Scope, receive: Receive) -> Answer:
-    """Answer one request for a token; every failure becomes an answer, but for `ClientGone`."""
+    """Answer one request for a token; every failure except `ClientGone` becomes an answer."""
     authorization = find_authorization(scope)
     try:
         body = await read_body(
@@ -170,7 +170,7 @@ async def answer_token(services: Services, scope: Scope, receive: Receive) -> An
             timeout_seconds=services.settings.body_timeout_seconds,
         )
         fields = _parse_fields(body)
-        # Only the grant type is taken from the address: secrets there end in access logs (RFC 6749, section 2.3.1).
+        # Only the grant type is taken from the URL: secrets there end up in access logs (RFC 6749, section 2.3.1).
         query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
         _check_grant_type(fields.get("grant_type") or fields.get("grantType") or query.get("grant_type"))
         credentials = _read_credentials(authorization, fields)
@@ -208,7 +208,7 @@ def _answer_refusal(rejected: Rejected, authorization: bytes | None) -> Answer:
 
 
 def _parse_fields(body: bytes) -> dict[str, str]:
-    """Return the fields of a JSON or form body; which of them it is, the body itself tells, as for an update."""
+    """Return the fields of a JSON or form body; as for an update, the body itself shows which of the two it is."""
     text = strip_mark(body).strip()
     if not text:
         return {}
@@ -219,7 +219,7 @@ def _parse_fields(body: bytes) -> dict[str, str]:
             raise TokenRefused(
                 "invalid_request", Refusal.INVALID_JSON, f"The body {rejected.faults[0].reason}."
             ) from None
-        # What is not ours to understand is ignored (RFC 6749, section 3.2), and null is as good as absent.
+        # Unknown parameters are ignored (RFC 6749, section 3.2), and null counts as absent.
         known = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
         if not all(isinstance(value, str) for value in known.values()):
             raise TokenRefused("invalid_request", Refusal.INVALID_JSON, "A parameter is not a string.")

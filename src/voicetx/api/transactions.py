@@ -1,7 +1,7 @@
 """What became of a call: a transaction and its history, for who may read them.
 
-What is personal in them is masked for who has not the grant for that too. Knows neither how it is found nor what counts
-as personal: that is `voicetx.reading.transactions` and `voicetx.contract.privacy`.
+Personal data is masked for users without the grant for it. `voicetx.reading.transactions` finds the transaction, and
+`voicetx.contract.privacy` knows what is personal.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from voicetx.reading.transactions import TransactionReport, describe_transaction
 
 MOST_UPDATES = 1_000
 MOST_CHARACTERS = 1_048_576
-"""Of a longer history, or one of more text, the last updates are shown."""
+"""If a history is longer, or has more text, only its last updates are shown."""
 
 router = APIRouter(tags=["Transactions"])
 
@@ -36,12 +36,12 @@ router = APIRouter(tags=["Transactions"])
 async def show_transaction(call: Call) -> Answer:
     """Answer with a transaction as its updates have made it, and the last updates that came in, oldest first.
 
-    Those are at most 1,000, and as many as fill 1 MiB. Without the grant transactions:read-personal what is personal is
-    masked: of numbers the last two digits are shown, of digits pressed how many they were.
+    At most 1,000 updates are shown, and at most 1 MiB of them. Without the grant transactions:read-personal personal
+    data is masked: numbers show their last two digits, and pressed digits only how many they were.
     """
     transaction_id = call.request.path_params["transaction_id"]
     report = None
-    # Nothing else was ever registered, and a database may not take it.
+    # No transaction has any other kind of id, and a database may refuse the text.
     if is_id(transaction_id):
         report = await call.services.store.read(
             lambda connection: report_transaction(

@@ -1,9 +1,9 @@
 """The update endpoint: a dialer reports what became of a call.
 
 `answer_update` takes all steps of an update in the order of contract section 3: method, credential, grant, throttle,
-body, rules, store. How each step is done is not known here. `voicetx.server.fast_path` takes the same steps for
-updates that no step keeps waiting or refuses, which is true of nearly all. The FastAPI route below answers the others,
-and puts the path into the OpenAPI document.
+body, rules, store. Each step is done by another module. `voicetx.server.fast_path` takes the same steps for updates
+that no step keeps waiting or refuses, which is true of nearly all. The FastAPI route below answers the others, and
+puts the path into the OpenAPI document.
 """
 
 from dataclasses import replace
@@ -78,8 +78,8 @@ async def update_transaction(request: Request) -> Response:
     return to_response(answer)
 
 
-# This route answers; the three after it are its documentation, one operation a method. It comes first, so that a
-# method that none of them has is told of all three.
+# This route answers; those after it only document it, one operation for each method. It comes first, so that the
+# refusal of any other method names all of the supported ones.
 router.add_api_route(UPDATE_PATH, update_transaction, methods=list(UPDATE_METHODS), include_in_schema=False)
 for _method in UPDATE_METHODS:
     router.add_api_route(

@@ -1,4 +1,4 @@
-"""API users, for the programs of the platform: what became of their calls."""
+"""API users, for the programs of the platform: what became of the calls that each made."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -18,7 +18,7 @@ router = APIRouter(tags=["API users"])
 
 
 class ActivityQuery(Asked):
-    """Which days are wanted."""
+    """How many days the answer covers."""
 
     days: Annotated[
         int,
