@@ -179,9 +179,13 @@ class Server(ABC):
     def _command(self) -> list[str | Path]:
         """Return the program and its arguments."""
 
-    @abstractmethod
     def _is_ready(self) -> bool:
-        """Say whether it answers."""
+        """Say whether it answers; of a program that is not asked anything, whether it listens."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False
 
     @property
     def pid(self) -> int:
@@ -476,13 +480,6 @@ class PgBouncer(Server):
 
     def _command(self) -> list[str | Path]:
         return [self.find_program() or "pgbouncer", "pgbouncer.ini"]
-
-    def _is_ready(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return True
-        except OSError:
-            return False
 
 
 class Valkey(Server):

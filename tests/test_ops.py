@@ -131,15 +131,19 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def complete_nginx(folder: Path, example: str) -> str:
+    """Return a whole configuration around an example, which keeps all that nginx writes in a folder."""
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    places = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+    return f"pid {folder}/pid; events {{}} http {{ access_log off; {places} {example} }}"
+
+
 def test_nginx_takes_its_example(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Where nginx is, it finds nothing wrong with its example."""
     if (nginx := find_tool("nginx")) is not None:
         folder = request.getfixturevalue("certificate")
         (tmp_path / "voicetx.conf").write_text(read_example("nginx.conf", instead={"/etc/ssl/voicetx": str(folder)}))
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        places = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
-        whole = f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {places} include {tmp_path}/voicetx.conf; }}"
-        (tmp_path / "nginx.conf").write_text(whole)
+        (tmp_path / "nginx.conf").write_text(complete_nginx(tmp_path, f"include {tmp_path}/voicetx.conf;"))
         run_tool(nginx, "-t", "-q", "-e", tmp_path / "log", "-c", tmp_path / "nginx.conf")
 
 
@@ -196,9 +200,7 @@ class Proxy(Server):
         replaced = {"127.0.0.1:8000": at, "/etc/ssl/voicetx": str(certificate)}
         if self._name == "nginx":
             example = read_example("nginx.conf", instead=replaced | {"listen 443 ssl": f"listen 127.0.0.1:{self.port}"})
-            kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-            places = "".join(f"{kind}_temp_path {self._folder}/{kind};" for kind in kinds)
-            whole = f"daemon off; pid {self._folder}/pid; events {{}} http {{ access_log off; {places} {example} }}"
+            whole = "daemon off; " + complete_nginx(self._folder, example)
         else:
             whole = read_example(
                 "haproxy.cfg",
@@ -211,13 +213,6 @@ class Proxy(Server):
         if self._name == "nginx":
             return [self._program, "-e", "stderr", "-c", self._config]
         return [self._program, "-db", "-f", self._config]
-
-    def _is_ready(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return True
-        except OSError:
-            return False
 
 
 @pytest.fixture(params=["nginx", "haproxy"])
