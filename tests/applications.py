@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+import shutil
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -94,3 +96,12 @@ def walk(routes: Iterable[Any]) -> Iterator[tuple[str, set[str]]]:
             yield route.path, {"GET"}
         else:
             yield re.sub(r"\{\w+\}", "x", route.path), set(route.methods)
+
+
+@asynccontextmanager
+async def served_copy(template: Path, folder: Path, **values: Any) -> AsyncIterator[tuple[FastAPI, str, str]]:
+    """Serve an application on a copy of a database file; settings and what is returned as `served_app` has them."""
+    path = folder / "voicetx.db"
+    shutil.copyfile(template, path)
+    async with served_app(f"sqlite:///{path}", **values) as served:
+        yield served

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from applications import count_requests_to, served_app
+from applications import count_requests_to, served_copy
 from bodies import encode, make_body
 from connections import HEALTH, HEALTHY, connection, find_protocol, hang_up, put, read_answer
 from platform_side import make_user, register
@@ -30,9 +30,7 @@ async def served(
     sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
 ) -> AsyncIterator[tuple[Any, str, str]]:
     """Serve an application; return it, its address and a secret key."""
-    path = tmp_path_factory.mktemp("served") / "voicetx.db"
-    shutil.copyfile(sqlite_template, path)
-    async with served_app(f"sqlite:///{path}", throttle="1000000/second") as served:
+    async with served_copy(sqlite_template, tmp_path_factory.mktemp("served"), throttle="1000000/second") as served:
         served[0].state.services.authenticator._believe_seconds = 3600  # on a machine that is busy
         yield served
 

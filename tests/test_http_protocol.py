@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from applications import count_requests_to, served_app
+from applications import count_requests_to, served_app, served_copy
 from bodies import encode, make_body
 from connections import HEALTH, HEALTHY, connection, find_protocol, hang_up, put, read_answer, read_until_closed
 from voicetx import metrics
@@ -37,9 +37,7 @@ async def served(
     sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
 ) -> AsyncIterator[tuple[Any, str, str]]:
     """Serve an application; return it, its address and a secret key."""
-    path = tmp_path_factory.mktemp("served") / "voicetx.db"
-    shutil.copyfile(sqlite_template, path)
-    async with served_app(f"sqlite:///{path}", throttle="1000000/second") as served:
+    async with served_copy(sqlite_template, tmp_path_factory.mktemp("served"), throttle="1000000/second") as served:
         yield served
 
 
@@ -283,9 +281,9 @@ async def impatient(
     sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
 ) -> AsyncIterator[tuple[Any, str, str]]:
     """Serve an application that waits for clients as short a time as may be; return it, its address and a key."""
-    path = tmp_path_factory.mktemp("impatient") / "voicetx.db"
-    shutil.copyfile(sqlite_template, path)
-    async with served_app(f"sqlite:///{path}", body_timeout_seconds=0.1, keep_alive_seconds=1) as served:
+    async with served_copy(
+        sqlite_template, tmp_path_factory.mktemp("impatient"), body_timeout_seconds=0.1, keep_alive_seconds=1
+    ) as served:
         yield served
 
 
